@@ -1,0 +1,37 @@
+# Each target makes .venv/ first where it is missing or older than the pins; the second call is instant.
+# PYTHON=python3.12 chooses the interpreter, TORCH_INDEX=URL the index for torch (see launch/venv.sh --help).
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+ARGS ?=
+export PYTHON TORCH_INDEX
+# ranks share the cores: one thread each
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format
+
+help:  ## show this
+	@echo 'usage: make TARGET'
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt launch/venv.sh
+	@launch/venv.sh
+
+venv: $(STAMP)  ## make .venv/ with everything that is needed
+
+demo: $(STAMP)  ## shards, teacher, students and report on the embedded data: 2 CPU ranks, minutes
+	@launch/demo.sh
+
+test: $(STAMP)  ## all tests; ARGS='-k bank -x' are passed to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, format, types and layers
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .

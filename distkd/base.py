@@ -1,0 +1,156 @@
+"""The words that all layers share: process layout, a batch, what a model and a step return, strict configs.
+
+Nothing here computes; the layers above decide what to do with these values.
+"""
+
+# Shapes: B samples of this rank and pass, C classes, D feature width, N rows of the training set
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+__all__ = ["UNLABELLED", "Batch", "Forward", "InputSpec", "Outputs", "StepOutput", "StrictConfig", "World"]
+
+UNLABELLED = -1
+"""Label of a sample whose class is unknown or hidden: it is distilled, never scored by cross entropy."""
+
+
+class StrictConfig(BaseModel):
+    """A frozen section of the config: unknown keys, wrong types and out-of-range values are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Which process this is among how many; passed in, never asked for globally."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """The layout that torchrun (or srun with the same variables) set, one process where nothing is set."""
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What a model receives of one modality, after the transform and without the batch dimension."""
+
+    kind: Literal["vector", "image"]
+    shape: tuple[int, ...]
+    """(features,) of a vector, (channels, height, width) of an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The samples of one rank and one pass, and where in the run they are.
+
+    Everything random downstream is a function of `key_B` (seed, epoch, sample) or of `(seed, step)`, so that no draw
+    depends on the rank.
+    """
+
+    views: tuple[dict[str, Tensor], ...]
+    """Independently augmented copies; each maps a modality to (B, ...) values, float."""
+    present: dict[str, Tensor]
+    """Modality to (B,) bool; where it is false the values are zero."""
+    label_B: Tensor
+    """int64 class, or `UNLABELLED`."""
+    index_B: Tensor
+    """int64 row of the sample in the training set of the fold, the address in a memory bank; -1 outside of it."""
+    sample_B: Tensor
+    """int64 number of the sample in the manifest."""
+    key_B: Tensor
+    """int64 hash of (seed, epoch, sample)."""
+    seed: int = 0
+    step: int = 0
+    epoch: int = 0
+    progress: float = 0.0
+    """Share of the run that is done, 0 <= progress < 1."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return self.views[0]
+
+    def __len__(self) -> int:
+        return self.label_B.shape[0]
+
+    def view(self, number: int) -> Batch:
+        """The same samples with view `number` first; the last view stands in where fewer were made."""
+        return replace(self, views=(self.views[min(number, len(self.views) - 1)],))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On `device`, with floating-point inputs as `dtype`."""
+        return replace(
+            self,
+            views=tuple({name: x.to(device, dtype, non_blocking=True) for name, x in view.items()} for view in self.views),
+            present={name: x.to(device, non_blocking=True) for name, x in self.present.items()},
+            label_B=self.label_B.to(device, non_blocking=True),
+            index_B=self.index_B.to(device, non_blocking=True),
+            sample_B=self.sample_B.to(device, non_blocking=True),
+            key_B=self.key_B.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model returns."""
+
+    feature_BD: Tensor
+    """Trunk output, before the classifier."""
+    logits_BC: Tensor
+    branches: dict[str, Outputs] = field(default_factory=dict[str, "Outputs"])
+    """Per modality, where a multi-modal model has a head for each; empty otherwise."""
+
+
+class Forward(Protocol):
+    """The engine-wrapped trainable module: the only call that records a graph through the student."""
+
+    def __call__(self, batch: Batch) -> Outputs: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One pass of a method."""
+
+    loss: Tensor
+    """The scalar to run backward on; mean over this rank's samples."""
+    parts: dict[str, Tensor]
+    """Named losses before weighting, detached scalars."""
+    gauges: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Other scalars worth a curve, such as `weight/<loss>` and `cosine/<loss>|<loss>`; equal on all ranks."""
+    rows: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Embeddings (B, D) by bank, and `index` (B,), to be gathered and written after the step."""
+    step: int = 0
+    passes: int = 1
+
+    @staticmethod
+    def merge(outs: Sequence[StepOutput]) -> StepOutput:
+        """The passes of one step as one output: scalars averaged, rows in pass order."""
+        if len(outs) == 1:
+            return outs[0]
+        return StepOutput(
+            loss=torch.stack([out.loss.detach() for out in outs]).mean(),
+            parts={name: torch.stack([out.parts[name] for out in outs]).mean() for name in outs[0].parts},
+            gauges={name: torch.stack([out.gauges[name] for out in outs]).mean() for name in outs[0].gauges},
+            rows={name: torch.cat([out.rows[name] for out in outs]) for name in outs[0].rows},
+            step=outs[0].step,
+            passes=len(outs),
+        )

@@ -1,0 +1,242 @@
+"""The command line: thin over the package, one message for a user's error, exit codes that scripts can rely on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from distkd import __version__
+from distkd.base import World
+from distkd.errors import ConfigError, DistkdError, Interrupted
+
+__all__ = ["main"]
+
+DONE, INTERNAL, USER, INTERRUPTED = 0, 1, 2, 3
+
+_EPILOG = """exit codes: 0 done, 2 error in config, data or arguments, 3 interrupted with a complete checkpoint, 1 anything else.
+Launchers lose them: `outcome.json` in the run folder has the truth."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Heavy imports happen inside the commands."""
+    # this process is torchrun's child or a shell's: a missing variable must not cost every rank all cores
+    arguments, rest = _parser().parse_known_args(argv)
+    world = World.from_environment()
+    logging.basicConfig(level=logging.WARNING, format=f"%(message)s", stream=sys.stderr)
+    if not world.is_main:
+        logging.getLogger("distkd").setLevel(logging.ERROR)
+    command: Callable[[argparse.Namespace, list[str], World], int] = arguments.command
+    try:
+        return command(arguments, rest, world)
+    except Interrupted as stop:
+        _say(world, str(stop))
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        _say(world, "stopped at once; the last checkpoint is whole")
+        return INTERRUPTED
+    except DistkdError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        if world.is_main or getattr(error, "local", False):
+            prefix = "" if world.is_main else f"rank {world.rank}: "
+            print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
+        return USER
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(f"distkd: {text}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distkd",
+        description="Distil a teacher that sees everything into a student for the clinic.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"distkd {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of user errors too")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "train one stage per config, in order; resumes by itself")
+    train.add_argument("config", nargs="+", type=Path, help="YAML files, for example a teacher's and a student's")
+    train.add_argument("--folds", type=_numbers, help="repeat for these folds, for example 0-14 or 0,3,7")
+    train.add_argument("--seeds", type=_numbers, help="repeat for these seeds, for example 0-4")
+    train.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
+    train.epilog = "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs."
+
+    evaluate = _command(commands, "eval", _eval, "metrics and predictions of a run's student")
+    evaluate.add_argument("run", type=Path, help="run folder")
+    evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
+
+    predict = _command(commands, "predict", _predict, "the student on raw files or shards, as the clinic would")
+    predict.add_argument("source", type=Path, help="run folder or export folder")
+    predict.add_argument("input", nargs="+", type=Path, help="shard set, image files, .npy or .csv files with one row per item")
+    predict.add_argument("--output", type=Path, required=True, help="folder for predictions.csv")
+
+    export = _command(commands, "export", _export, "the student alone, with its preprocessing and class names")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("--format", default="safetensors", choices=("safetensors", "pt2", "onnx"))
+    export.add_argument("--output", type=Path, help="folder to write (default: export/ of the run)")
+
+    report = _command(commands, "report", _report, "one HTML page and PNGs of a run or a study")
+    report.add_argument("run", nargs="+", type=Path, help="run folders, or folders that contain them")
+    report.add_argument("--output", type=Path, help="folder to write (default: report/ of the first argument)")
+    report.add_argument("--split", default="test", help="split of the table")
+
+    shards = _command(commands, "shards", _shards, "look at a shard set, or check every byte of it")
+    shards.add_argument("action", choices=("info", "verify", "show"))
+    shards.add_argument("folder", type=Path)
+    shards.add_argument("--output", type=Path, help="picture that `show` writes (default: samples.png in the folder)")
+
+    config = _command(commands, "config", _config, "the resolved config")
+    config.add_argument("config", nargs="?", type=Path)
+    config.add_argument("--schema", action="store_true", help="print the JSON schema of config files for editors")
+
+    _command(commands, "doctor", _doctor, "what this machine can do; what is missing and the command that fixes it")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],  # pyright: ignore[reportPrivateUsage]
+    name: str,
+    run: Callable[[argparse.Namespace, list[str], World], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(command=run)
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    """`0-4` or `0,3,7` as numbers."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        found += list(range(int(first), int(last) + 1)) if dash else [int(first)]
+    return found
+
+
+def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.comm import world as comm
+    from distkd.config import load, parse_overrides
+    from distkd.train.job import device_of
+    from distkd.train.loop import train
+
+    overrides = parse_overrides(rest)
+    stages = [
+        load(path, overrides, fold=fold, seed=seed)
+        for fold in arguments.folds or [None]
+        for seed in arguments.seeds or [None]
+        for path in arguments.config
+    ]
+    first = stages[0]
+    comm.init(world, device=device_of(first, world), timeout_s=first.engine.timeout_s)
+    try:
+        for settings in stages:
+            train(settings, world, allow_change=arguments.allow_change)
+    finally:
+        comm.shutdown()
+    return DONE
+
+
+def _no_rest(rest: list[str]) -> None:
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; see --help")
+
+
+def _eval(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.config import load, parse_overrides
+    from distkd.train.use import evaluate_run
+
+    metrics = evaluate_run(load(_config_of(arguments.run), parse_overrides(rest)), arguments.run, arguments.split)
+    print(json.dumps(metrics, indent=1))
+    return DONE
+
+
+def _config_of(run: Path) -> Path:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no config.yaml; name a folder that `distkd train` wrote")
+    return path
+
+
+def _predict(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.train.use import predict_files
+
+    _no_rest(rest)
+    path = predict_files(arguments.source, arguments.input, arguments.output)
+    print(path)
+    return DONE
+
+
+def _export(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.train.use import copy_export
+
+    _no_rest(rest)
+    if arguments.format != "safetensors":
+        raise ConfigError(f"export --format {arguments.format} is not available yet; use --format safetensors")
+    print(copy_export(arguments.run, arguments.output))
+    return DONE
+
+
+def _report(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.report import make_report
+
+    _no_rest(rest)
+    print(make_report(arguments.run, arguments.output or arguments.run[0] / "report", split=arguments.split))
+    return DONE
+
+
+def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.data.show import info, show
+    from distkd.data.wds import ShardSet
+
+    _no_rest(rest)
+    shards = ShardSet(arguments.folder)
+    if arguments.action == "info":
+        print(info(shards))
+    elif arguments.action == "verify":
+        shards.verify()
+        print(f"{arguments.folder}: every byte is as the manifest says")
+    else:
+        print(show(shards, arguments.output or arguments.folder / "samples.png"))
+    return DONE
+
+
+def _config(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.config import load, parse_overrides, schema
+
+    if arguments.schema:
+        print(json.dumps(schema(), indent=1))
+        return DONE
+    if arguments.config is None:
+        raise ConfigError("name a config file, or pass --schema")
+    settings = load(arguments.config, parse_overrides(rest))
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), end="")
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.doctor import run
+
+    _no_rest(rest)
+    return run()
+
+
+if __name__ == "__main__":
+    # after a lost rank or a second Ctrl-C other threads may hang in a collective; the outcome is on disk
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code else sys.exit(code)

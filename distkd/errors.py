@@ -1,0 +1,58 @@
+"""The error tree. A `DistkdError` is the user's to mend (exit code 2, one message); anything else is ours."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DistkdError",
+    "Interrupted",
+    "LostRankError",
+    "NonFiniteError",
+    "ShapeError",
+]
+
+
+class DistkdError(Exception):
+    """Base of every error that is a user's mistake or bad data; `kind` goes into `outcome.json`."""
+
+    kind = "error"
+
+
+class ConfigError(DistkdError, ValueError):
+    """The configuration or the command line is wrong; also a `ValueError`, so that validators collect it."""
+
+    kind = "config"
+
+
+class DataError(DistkdError):
+    """A shard, a manifest, a raw file or a split is wrong."""
+
+    kind = "data"
+
+
+class CheckpointError(DistkdError):
+    """A checkpoint or an export is missing, damaged, or belongs to something else."""
+
+    kind = "checkpoint"
+
+
+class ShapeError(DistkdError):
+    """A tensor does not have the shape that the config promises."""
+
+    kind = "shape"
+
+
+class NonFiniteError(DistkdError):
+    """The loss became NaN or infinite; all ranks stop together and the samples are named."""
+
+    kind = "nonfinite"
+
+
+class LostRankError(DistkdError):
+    """Another rank died or stopped answering."""
+
+    kind = "lost_rank"
+
+
+class Interrupted(Exception):
+    """A signal asked for a stop and a complete checkpoint was written; exit code 3."""

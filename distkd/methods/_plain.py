@@ -1,0 +1,36 @@
+"""What a method does when there is nothing special to do; a method is free to be written without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from distkd.base import Batch, StepOutput, World
+from distkd.methods._protocol import ParamGroup
+from distkd.models.build import Classifier
+
+__all__ = ["PlainMethod"]
+
+
+class PlainMethod:
+    """One group, no state to move, predictions from the student."""
+
+    def __init__(self, student: Classifier, trainable: nn.Module | None = None):
+        self.student = student
+        self.trainable = student if trainable is None else trainable
+        self.frozen = nn.ModuleDict()
+        self.state = nn.ModuleDict()
+
+    def groups(self) -> list[ParamGroup]:
+        return [{"params": [p for p in self.trainable.parameters() if p.requires_grad]}]
+
+    def after_step(self, out: StepOutput, world: World) -> None:
+        """Nothing follows the optimizer."""
+
+    def after_eval(self, report: Mapping[str, float], world: World) -> None:
+        """Nothing follows an evaluation."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (B, C) of the student."""
+        return self.student(batch).logits_BC

@@ -1,0 +1,93 @@
+"""`metrics.jsonl`: one strict JSON object a line, appended while the run lives, cut back when it resumes.
+
+The writer belongs to one process (rank 0). Numbers that JSON cannot hold (NaN, infinity) become null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from distkd.errors import DataError
+from distkd.metrics.files import write_atomic
+
+__all__ = ["MetricsWriter", "json_ready", "read_jsonl"]
+
+
+def json_ready(value: Any) -> Any:
+    """The same value with None for every float that JSON cannot hold, keys as text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    return value
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line with its object; a torn last line is left out, a torn line elsewhere is an error."""
+    lines = path.read_bytes().split(b"\n")
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = dict(json.loads(line).items())
+        except (ValueError, AttributeError) as error:
+            if number == last:
+                return
+            raise DataError(
+                f"{path} line {number + 1} is not a JSON object ({error}); only the last line may be torn; "
+                f"remove the line or take the file from a copy"
+            ) from error
+        yield line.decode(), record
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole objects of the file in order; none when it does not exist; a torn last line is left out."""
+    return [record for _, record in _whole_lines(path)] if path.exists() else []
+
+
+class MetricsWriter:
+    """Appends objects to a JSONL file, each on disk (of the operating system) when `write` returns.
+
+    Opening repairs what a kill has torn, so that the next line starts on its own.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._keep(lambda record: True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(json_ready(record), allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the objects of later steps, which a resumed run will write again; objects without a step stay."""
+        self._file.close()
+        self._keep(lambda record: record.get("step", step) <= step)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        kept = "".join(line + "\n" for line, record in _whole_lines(self.path) if wanted(record))
+        if kept.encode() != self.path.read_bytes():
+            write_atomic(self.path, kept)

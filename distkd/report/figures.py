@@ -1,0 +1,106 @@
+"""Panels of results: every run's value with its interval, paired differences, confusion matrices."""
+
+# Shapes: C classes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from distkd.report.plots import INK, Panel, Style
+from distkd.report.roles import Role
+from distkd.report.stats import Estimate, estimate, units_of
+
+__all__ = ["confusion_of", "confusion_panel", "difference_panel", "value_panel"]
+
+_BLUE = "#0072b2"
+
+
+def value_panel(metric: str, level: str, roles: Sequence[tuple[Role, Style]]) -> Panel:
+    """One line per role: the runs as dots, mean and interval beside them."""
+    shown = [(role, style, role.values(metric, level)) for role, style in roles]
+    shown = [(role, style, values) for role, style, values in shown if values]
+
+    def draw(axes: Axes) -> None:
+        for place, (_, style, values) in enumerate(shown):
+            points = [values[unit] for unit in sorted(values)]
+            axes.scatter(points, [place + 0.18] * len(points), s=14, color=style.color, alpha=0.45, linewidths=0)
+            _interval(axes, estimate(units_of(values)), place - 0.12, style)
+        axes.set_yticks(range(len(shown)), [_wrap(role.title) for role, _, _ in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(metric)
+
+    return Panel(f"{metric}: mean, 95 % interval, every run", draw, width=5.2, height=0.9 + 0.42 * len(shown))
+
+
+def difference_panel(title: str, differences: dict[str, Estimate], style: Style) -> Panel:
+    """One line per metric: the paired difference with its interval, beside the zero line."""
+
+    def draw(axes: Axes) -> None:
+        for place, difference in enumerate(differences.values()):
+            _interval(axes, difference, place, style)
+        axes.axvline(0.0, color=INK, linewidth=0.9)
+        axes.set_yticks(range(len(differences)), list(differences))
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("difference (right of the line is better)")
+
+    return Panel(title, draw, width=5.2, height=0.8 + 0.24 * len(differences))
+
+
+def _interval(axes: Axes, value: Estimate | None, place: float, style: Style) -> None:
+    if value is None:
+        return
+    if value.low is not None and value.high is not None:
+        axes.plot([value.low, value.high], [place, place], color=style.color, linewidth=2.2, solid_capstyle="butt")
+    axes.plot([value.mean], [place], color=style.color, marker=style.marker, linestyle="none", markersize=5.5)
+
+
+def _wrap(title: str) -> str:
+    return title.replace(" (", "\n(").replace(", ", ",\n")
+
+
+def confusion_of(role: Role) -> np.ndarray | None:
+    """Counts summed over the role's counted runs, (C, C), rows are labels."""
+    counts = [np.array(run.evaluation.confusion) for run in role.counted if run.evaluation is not None]
+    return np.sum(counts, axis=0) if counts else None
+
+
+def confusion_panel(role: Role, class_names: Sequence[str]) -> Panel | None:
+    """Share of each label's items by predicted class, with the counts."""
+    count_CC = confusion_of(role)
+    if count_CC is None:
+        return None
+    c = len(class_names)
+    share_CC = count_CC / np.maximum(count_CC.sum(axis=1, keepdims=True), 1)
+    size = float(np.clip(0.42 * c + 1.1, 2.6, 6.0))
+
+    def draw(axes: Axes) -> None:
+        for row in range(c):
+            for column in range(c):
+                share = share_CC[row, column]
+                # opacity instead of a colour map: zero is the page's own background, dark or light
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_BLUE, alpha=share, linewidth=0))
+                if count_CC[row, column]:
+                    axes.text(
+                        column, row, _cell(share, count_CC[row, column], c), ha="center", va="center",
+                        color="white" if share > 0.55 else INK, fontsize=8 if c <= 5 else 6,
+                    )  # fmt: skip
+        axes.set_xlim(-0.5, c - 0.5)
+        axes.set_ylim(c - 0.5, -0.5)
+        axes.set_aspect("equal")
+        axes.set_xticks(range(c), class_names, rotation=0 if max(map(len, class_names)) < 6 else 45, ha="center")
+        axes.set_yticks(range(c), class_names)
+        axes.grid(visible=False)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("label")
+
+    return Panel(role.title, draw, width=size, height=size)
+
+
+def _cell(share: float, count: int, c: int) -> str:
+    return f"{100 * share:.0f} %\n{count}" if c <= 5 else f"{count}"

@@ -1,0 +1,146 @@
+"""How the report draws: one style, one colour per role, each panel as themed SVG for the page and as PNG beside it.
+
+A `Panel` is a title and a function that draws on given axes, so that the same drawing serves a phone (one panel a row)
+and a slide (all panels of a family in one PNG).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+__all__ = ["GRID", "INK", "Panel", "Style", "panels_to_png", "style_of", "to_svg"]
+
+INK = "#16181d"
+"""Text and lines; in the page it is replaced by the colour of the text, light or dark."""
+GRID = "#d5d8de"
+
+_THEMED = {INK: "var(--ink)", GRID: "var(--grid)"}
+
+# Okabe and Ito's colours, told apart by all forms of colour vision; dashes and markers repeat the difference
+_CYCLE = (
+    ("#d55e00", "-", "s"),
+    ("#0072b2", "--", "^"),
+    ("#009e73", "-", "D"),
+    ("#cc79a7", "-.", "v"),
+    ("#e69f00", "--", "P"),
+    ("#56b4e9", "-", "X"),
+)
+_TEACHER = ("#7b8089", ":", "o")
+
+_RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "path",
+    "path.simplify_threshold": 0.5,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    color: str
+    dash: str
+    marker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One drawing; its size is that of its place in the page."""
+
+    title: str
+    draw: Callable[[Axes], None]
+    width: float = 3.5
+    """Inches."""
+    height: float = 2.3
+
+
+def style_of(number: int, *, is_teacher: bool = False) -> Style:
+    """Style `number` of the cycle; teachers are grey and dotted, as they are not in the competition."""
+    return Style(*(_TEACHER if is_teacher else _CYCLE[number % len(_CYCLE)]))
+
+
+@contextmanager
+def _figure(width: float, height: float, salt: str) -> Iterator[Figure]:
+    # a Figure without pyplot: no window, no global state, the same bytes for the same data
+    with mpl.rc_context({**_RC, "svg.hashsalt": salt}):
+        yield Figure(figsize=(width, height))
+
+
+def to_svg(panel: Panel) -> str:
+    """The panel as inline SVG without background, in the colours of the page."""
+    salt = hashlib.sha256(panel.title.encode()).hexdigest()[:8]
+    with _figure(panel.width, panel.height, salt) as figure:
+        axes = figure.add_subplot()
+        panel.draw(axes)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    for color, themed in _THEMED.items():
+        svg = svg.replace(color, themed)
+    # fixed ids of figure, axes and ticks would occur once per panel in the page; only hashed ids are referred to
+    svg = re.sub(r'<g id="[a-zA-Z]+\w*?_\d+">', "<g>", svg)
+    label = panel.title.replace("&", "and").replace('"', "'").replace("<", "(").replace(">", ")")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def panels_to_png(panels: Sequence[Panel], legend: Sequence[tuple[str, Style]], columns: int = 3) -> bytes:
+    """All panels of a family in one picture with a legend of the roles, on white, 150 dpi."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width, height = max(panel.width for panel in panels), max(panel.height for panel in panels)
+    salt = "png"
+    with _figure(columns * width, rows * height + (0.35 if legend else 0.0), salt) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, panel in zip(grid, panels, strict=False):
+            panel.draw(axes)
+            axes.set_title(panel.title)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        if legend:
+            lines = [
+                Line2D([], [], color=style.color, linestyle=style.dash, marker=style.marker, label=title)
+                for title, style in legend
+            ]
+            figure.legend(handles=lines, loc="outside upper left", ncols=min(len(lines), 4))
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return file.getvalue()

@@ -1,0 +1,194 @@
+"""Which runs are repeats of one experiment, and what each experiment is in the comparison.
+
+Runs that differ in anything but fold, seed and place are never averaged: they become variants of a role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from distkd.errors import DataError
+from distkd.report.runs import Run
+from distkd.report.stats import Unit
+
+__all__ = ["Role", "assign_roles", "check_comparable", "find_baseline", "flatten"]
+
+Kind = Literal["teacher", "alone", "distilled"]
+
+# what may differ between repeats: place, fold and seed, and how the work is cut, which the world-size law makes equal
+_REPEATS = ("run.", "data.fold", "data.threads", "teacher.export", "batch.micro_batch")
+_TITLES = {"teacher": "teacher", "alone": "student alone"}
+_METHOD_TITLES = {"logit_kd": "logit KD"}
+
+
+@dataclass(frozen=True)
+class Role:
+    """Repeats of one experiment."""
+
+    kind: Kind
+    method: str
+    variant: str
+    """What sets it apart from other experiments of the same kind and method; empty where there is only one."""
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        name = _TITLES.get(self.kind) or _METHOD_TITLES.get(self.method, self.method)
+        return f"{name} ({self.variant})" if self.variant else name
+
+    @property
+    def counted(self) -> list[Run]:
+        """Runs that are done and evaluated: the only ones that make numbers."""
+        return [run for run in self.runs if run.is_done and run.evaluation is not None]
+
+    @property
+    def curve_runs(self) -> list[Run]:
+        """Runs for curves: the finished ones, or all as long as none has finished."""
+        return [run for run in self.runs if run.is_done] or list(self.runs)
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What a fair comparison shares: data, labels, and the inputs that the model needs."""
+        run = self.runs[0]
+        return (run.get("data.shards"), run.get("data.make"), run.get("data.labelled"), run.modalities)
+
+    def values(self, metric: str, level: str) -> dict[Unit, float]:
+        """The metric by fold and seed, where it is defined."""
+        found = {run.unit: run.evaluation.metrics_at(level).get(metric) for run in self.counted if run.evaluation}
+        return {unit: float(value) for unit, value in found.items() if value is not None}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def assign_roles(runs: Sequence[Run]) -> tuple[list[Role], dict[Path, str]]:
+    """Roles in the order of the page, and the runs that repeat another run's fold and seed, with the reason."""
+    teachers = {run.folder for run in runs if _serves_as_teacher(run, runs)}
+    distilled = {run.modalities for run in runs if run.method != "supervised"}
+    families: dict[tuple[Kind, str], list[Run]] = {}
+    for run in runs:
+        if run.method != "supervised":
+            kind: Kind = "distilled"
+        elif run.folder in teachers or (len(run.modalities) > 1 and run.modalities not in distilled):
+            kind = "teacher"
+        else:
+            kind = "alone"
+        families.setdefault((kind, run.method), []).append(run)
+    roles: list[Role] = []
+    repeated: dict[Path, str] = {}
+    for (kind, method), members in sorted(families.items(), key=_page_order):
+        for variant, group in _variants(members).items():
+            kept = _without_repeats(group, repeated)
+            roles.append(Role(kind, method, variant, tuple(kept)))
+    return roles, repeated
+
+
+def _page_order(family: tuple[tuple[Kind, str], list[Run]]) -> tuple[int, bool, str]:
+    (kind, method), _ = family
+    return ("teacher", "alone", "distilled").index(kind), method != "logit_kd", method
+
+
+def _serves_as_teacher(run: Run, runs: Sequence[Run]) -> bool:
+    return run.method == "supervised" and any(
+        _is_inside(Path(str(other.get("teacher.export"))), run.folder)
+        for other in runs
+        if other is not run and other.get("teacher.export") is not None
+    )
+
+
+def _is_inside(export: Path, folder: Path) -> bool:
+    """Whether an export path, perhaps of another machine or working folder, points into this run folder."""
+    if export.resolve().is_relative_to(folder.resolve()):
+        return True
+    parts = [part for part in PurePath(export).parts if part not in ("export", "model.json", "student.safetensors")]
+    return bool(parts) and not export.exists() and parts[-1] == folder.resolve().name
+
+
+def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    flats = [_identity(run) for run in runs]
+    keys = sorted({key for flat in flats for key in flat})
+    differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
+    found: dict[str, list[Run]] = {}
+    for run, flat in zip(runs, flats, strict=True):
+        found.setdefault(", ".join(f"{key}={_short(flat.get(key))}" for key in differing), []).append(run)
+    return found
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in flatten(run.config).items() if not key.startswith(_REPEATS)}
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _without_repeats(runs: Sequence[Run], repeated: dict[Path, str]) -> list[Run]:
+    """Without finished runs whose fold and seed a finished run has already: a copied run must not count twice."""
+    first: dict[Unit, Run] = {}
+    kept: list[Run] = []
+    for run in sorted(runs, key=lambda run: (run.unit, str(run.folder))):
+        makes_numbers = run.is_done and run.evaluation is not None
+        if makes_numbers and run.unit in first:
+            repeated[run.folder] = f"same experiment, fold and seed as {first[run.unit].name}, which counts"
+            continue
+        if makes_numbers:
+            first[run.unit] = run
+        kept.append(run)
+    return kept
+
+
+def find_baseline(role: Role, roles: Sequence[Role], method: str | None) -> Role | None:
+    """What `role` is compared with: the student alone, or `method`, on the same data, labels and inputs.
+
+    Of several the one whose config is nearest. None where there is none, or for the baseline itself.
+    """
+    wanted = [
+        other
+        for other in roles
+        if (other.kind == "alone" if method is None else other.kind != "teacher" and other.method == method)
+        and (other.setting == role.setting or (role.kind == "teacher" and other.setting[:2] == role.setting[:2]))
+    ]
+    if role in wanted:
+        return None
+    own = flatten(role.runs[0].config)
+    distance = {id(other): sum(own.get(k) != v for k, v in flatten(other.runs[0].config).items()) for other in wanted}
+    return min(wanted, key=lambda other: (distance[id(other)], other.variant), default=None)
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuses runs whose numbers must not stand in one table.
+
+    Raises:
+        DataError: the runs have different tasks, class names or evaluation levels.
+    """
+    _same("task", {run.folder: run.about_data.get("task") for run in runs})
+    measured = {run.folder: run.evaluation for run in runs if run.evaluation is not None}
+    names = {folder: evaluation.class_names for folder, evaluation in measured.items()}
+    for run in runs:
+        names.setdefault(run.folder, run.about_data.get("class_names"))
+    _same("class names", names)
+    _same("evaluation level", {folder: evaluation.level for folder, evaluation in measured.items()})
+
+
+def _same(what: str, by_folder: Mapping[Path, Any]) -> None:
+    known = [(folder, value) for folder, value in by_folder.items() if value is not None]
+    for folder, value in known[1:]:
+        first_folder, first = known[0]
+        if value != first:
+            raise DataError(
+                f"the runs have different {what}: {first_folder} has {first}, {folder} has {value}; "
+                f"make one report for each"
+            )

@@ -1,0 +1,109 @@
+"""The run folder: the resolved config, how the last attempt ended, and what each rank has to say."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from distkd import __version__
+from distkd.base import World
+from distkd.errors import ConfigError
+from distkd.files import read_json, write_json, write_text
+from distkd.train.settings import Settings
+
+__all__ = ["Events", "check_config", "environment", "write_config", "write_outcome"]
+
+FREE = {
+    "run.root", "run.name", "run.log_every", "run.keep_last", "run.checkpoint_every", "batch.micro_batch",
+    "engine.device", "engine.timeout_s", "data.threads", "data.shards", "teacher.export",
+}  # fmt: skip
+"""Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest."""
+
+
+class Events:
+    """What happened to one rank, one JSON object a line."""
+
+    def __init__(self, folder: Path, world: World):
+        self.path = folder / "events" / f"rank-{world.rank:05d}.jsonl"
+
+    def attempt(self) -> int:
+        """Number of this attempt, from 1: how often this rank has started before, plus one."""
+        if not self.path.exists():
+            return 1
+        return 1 + sum('"event": "start"' in line for line in self.path.read_text().splitlines())
+
+    def add(self, event: str, **values: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_config(settings: Settings) -> None:
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    write_text(settings.folder / "config.yaml", text)
+
+
+def check_config(settings: Settings, *, allow_change: bool = False) -> None:
+    """Refuse a run folder that belongs to another config.
+
+    Raises:
+        ConfigError: keys that matter differ from those the folder was made with; all are listed.
+    """
+    path = settings.folder / "config.yaml"
+    if not path.exists() or allow_change:
+        return
+    old, new = flatten(yaml.safe_load(path.read_text())), flatten(settings.model_dump(mode="json"))
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in FREE)
+    if differing:
+        lines = "".join(f"\n  {key}: {old.get(key)!r} in the folder, {new.get(key)!r} now" for key in differing)
+        raise ConfigError(
+            f"run folder {settings.folder} was made with another config:{lines}\n"
+            "use another --run.name, remove the folder, or pass --allow-change to go on with the new values"
+        )
+
+
+def environment(settings: Settings, world: World, **extra: Any) -> dict[str, Any]:
+    """Versions and layout of this attempt, for whoever has to explain a number later."""
+    packages = ("torch", "numpy", "pydantic", "safetensors", "scikit-learn")
+    return {
+        "distkd": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **extra,
+    }
+
+
+def write_outcome(
+    folder: Path, *, state: str, step: int, attempt: int, kind: str | None = None, message: str = ""
+) -> None:
+    """How this attempt ended; the truth for scripts, since launchers lose the ranks' exit codes."""
+    outcome = {"state": state, "kind": kind, "step": step, "attempt": attempt, "message": message}
+    write_json(folder / "outcome.json", outcome)
+
+
+def read_outcome(folder: Path) -> dict[str, Any] | None:
+    """`outcome.json`, or None where no attempt has ended."""
+    path = folder / "outcome.json"
+    return read_json(path) if path.exists() else None

@@ -1,0 +1,189 @@
+"""A run put together from its settings: data, plan, teacher, method and engine, ready for the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distkd.base import Forward, World
+from distkd.comm.world import barrier, broadcast_object
+from distkd.data.dataset import Dataset
+from distkd.data.make import make_shards
+from distkd.data.plan import Plan
+from distkd.data.wds import ShardSet
+from distkd.engines import DDPEngine, Engine
+from distkd.errors import ConfigError, DistkdError
+from distkd.methods import Method, Setup, build
+from distkd.models.build import Classifier
+from distkd.models.norm import set_world
+from distkd.train.export import Export, load_export
+from distkd.train.settings import Settings
+
+__all__ = ["Job", "assemble", "device_of", "open_shards", "split_digest"]
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything that the loop drives."""
+
+    settings: Settings
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    dataset: Dataset
+    plan: Plan
+    passes: int
+    method: Method
+    engine: Engine
+    forward: Forward
+    teacher: Export | None
+
+
+def device_of(settings: Settings, world: World) -> torch.device:
+    """Where this rank computes.
+
+    Raises:
+        ConfigError: CUDA is asked for and missing, or there are fewer devices than local ranks.
+    """
+    wanted = settings.engine.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("engine.device is cuda, but this torch finds no CUDA device; use cpu or auto, or see `distkd doctor`")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {world.local_rank} has no device of its own: {torch.cuda.device_count()} CUDA devices here; "
+            "start at most one rank per device"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def open_shards(settings: Settings, world: World) -> ShardSet:
+    """The shard set of the config, made first where `data.make` names a recipe and the folder is absent."""
+    folder = settings.data.shards
+    if folder is None:
+        if settings.data.make is None:
+            raise ConfigError("data.shards is missing; name a shard set, or a recipe with data.make")
+        folder = settings.run.root / "shards" / settings.data.make
+    failure: DistkdError | None = None
+    if settings.data.make is not None and world.is_main and not (folder / "manifest.json").exists():
+        try:
+            make_shards(settings.data.make, folder)
+        except DistkdError as error:
+            failure = error
+    failure = broadcast_object(failure, world)
+    if failure is not None:
+        raise failure
+    barrier(world)
+    return ShardSet(folder)
+
+
+def split_digest(dataset: Dataset) -> str:
+    """Digest of which samples are trained on: equal for two runs that may share a teacher."""
+    keys = sorted(dataset.describe(int(sample))["key"] for sample in dataset.split_samples("train"))
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def _load_teacher(settings: Settings, needed: bool) -> Export | None:
+    name = settings.teacher.export
+    if not needed:
+        return None
+    if name is None:
+        raise ConfigError(
+            f"method {settings.method.name!r} needs a teacher; set teacher.export to a run folder, or to the name of a "
+            f"run below run.root={settings.run.root}"
+        )
+    below_root = settings.run.root / name
+    return load_export(below_root if len(Path(name).parts) == 1 and not Path(name).exists() else Path(name))
+
+
+def _check_teacher(teacher: Export, dataset: Dataset, shards: ShardSet) -> None:
+    """A teacher must know this task, and must not have been trained on this fold's held-out patients."""
+    card = teacher.card
+    if card["task"] != dataset.task or card["class_names"] != list(dataset.class_names):
+        raise ConfigError(
+            f"teacher {teacher.folder} was trained for task {card['task']!r} with classes {card['class_names']}, this run "
+            f"has task {dataset.task!r} with classes {list(dataset.class_names)}; name a teacher of this task"
+        )
+    if card["split_digest"] != split_digest(dataset):
+        raise ConfigError(
+            f"teacher {teacher.folder} was trained on other samples (its fold {card['fold']} of {card['shards']}) than this "
+            f"run's fold {dataset.fold} of {shards.folder} trains on, so it may know the test patients; train the teacher on "
+            "the same fold"
+        )
+
+
+def _check_modalities(names: list[str], shards: ShardSet, asked_by: str) -> None:
+    available = shards.manifest.modalities
+    for name in names:
+        reason = shards.manifest.excluded.get(name)
+        if reason is not None:
+            raise ConfigError(f"{asked_by} names {name!r}, which is excluded from inputs: {reason}")
+        if name not in available:
+            raise ConfigError(
+                f"{asked_by} names modality {name!r}, shard set {shards.folder} has {', '.join(sorted(available))}"
+            )
+
+
+def assemble(settings: Settings, world: World) -> Job:
+    """Build a run; the same initial weights, banks and plan on every rank.
+
+    Raises:
+        DistkdError: whatever is wrong with config, data or teacher, before any step is taken.
+
+    Collectives: none after the process group is up, but a barrier while rank 0 makes missing shards.
+    """
+    device = device_of(settings, world)
+    passes = settings.batch.passes(world)
+    dtype = DTYPES[settings.engine.precision]
+    teacher = _load_teacher(settings, settings.method.needs_teacher)
+    shards = open_shards(settings, world)
+    _check_modalities(settings.model.modalities, shards, "model.modalities")
+    modalities = list(settings.model.modalities)
+    if teacher is not None:
+        _check_modalities(list(teacher.config.modalities), shards, f"teacher {teacher.folder}")
+        modalities += [name for name in teacher.config.modalities if name not in modalities]
+    data = settings.data.model_copy(update={"views": max(settings.data.views, settings.method.views)})
+    dataset = Dataset(shards, data, modalities, settings.run.seed)
+    if teacher is not None:
+        _check_teacher(teacher, dataset, shards)
+    plan = Plan(
+        n_samples=len(dataset.train_label_N),
+        global_batch=settings.batch.global_batch,
+        seed=settings.run.seed,
+        epochs=settings.run.epochs,
+    )
+    setup = Setup(
+        model=settings.model,
+        specs=dataset.input_specs,
+        n_classes=dataset.n_classes,
+        train_label_N=torch.from_numpy(np.asarray(dataset.train_label_N, dtype=np.int64)),
+        seed=settings.run.seed,
+        world=world,
+        teacher=None if teacher is None else _teacher_model(teacher),
+        dtype=dtype,
+    )
+    method = build(settings.method, setup)
+    for part in (method.trainable, method.frozen, method.state):
+        part.to(device)
+        set_world(part, world)
+    autocast = torch.bfloat16 if settings.engine.precision == "bf16" else None
+    engine = DDPEngine(settings.optim, world, device=device, autocast=autocast)
+    forward = engine.wrap(method.trainable, method.groups())
+    return Job(settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher)
+
+
+def _teacher_model(export: Export) -> Classifier:
+    model = export.load()
+    model.role = "teacher"
+    return model

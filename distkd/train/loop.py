@@ -1,0 +1,380 @@
+"""The training loop: the file to read first.
+
+A step is a plan's global batch, in one or more passes; after it come the optimizer, the banks, and, at steps that are
+the same on every rank, metrics, evaluation and checkpoints. Whatever a rank decides here, all ranks decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distkd.base import Batch, StepOutput, World
+from distkd.comm.world import barrier, broadcast_object, gather_objects
+from distkd.data.loader import train_batches
+from distkd.errors import ConfigError, Interrupted, NonFiniteError
+from distkd.metrics.jsonl import MetricsWriter
+from distkd.metrics.meters import Meter, Stopwatch
+from distkd.train import checkpoint
+from distkd.train.checkpoint import Best
+from distkd.train.evaluate import SplitReport, evaluate, write_report
+from distkd.train.export import write_export
+from distkd.train.folder import Events, check_config, environment, read_outcome, write_config, write_outcome
+from distkd.train.job import Job, assemble, split_digest
+from distkd.train.progress import Progress
+from distkd.train.schedule import lr_scale
+from distkd.train.settings import Settings
+from distkd.train.signals import StopFlag
+from distkd.files import write_json
+
+__all__ = ["train", "train_step"]
+
+
+def train(settings: Settings, world: World, *, allow_change: bool = False) -> Path:
+    """Train one stage to its end and export the student, resuming by itself; returns the run folder.
+
+    Raises:
+        DistkdError: user errors, before or during training; `outcome.json` says the same.
+        Interrupted: a signal asked for a stop and a complete checkpoint was written.
+    """
+    check_config(settings, allow_change=allow_change)
+    folder = settings.folder
+    outcome = read_outcome(folder)
+    if outcome is not None and outcome["state"] == "done" and not allow_change:
+        return folder
+    job = assemble(settings, world)
+    run = Run(job, Events(folder, world))
+    with StopFlag() as stop_flag:
+        run.open()
+        try:
+            fit(run, stop_flag)
+            finish(run)
+        except BaseException as error:
+            run.close(error)
+            raise
+        run.close(None)
+    return folder
+
+
+@dataclass(slots=True)
+class Run:
+    """A job on its way: the position, the best student so far, and where its news goes."""
+
+    job: Job
+    events: Events
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    attempt: int = 1
+    writer: MetricsWriter | None = None
+    progress: Progress | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.job.settings.folder
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def open(self) -> None:
+        """Make the folder, or go on from its newest checkpoint."""
+        job, settings = self.job, self.job.settings
+        self.attempt = self.events.attempt()
+        if job.world.is_main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_config(settings)
+            write_json(self.folder / "environment.json", environment(settings, job.world, data=job.dataset.provenance()))
+            (self.folder / "outcome.json").unlink(missing_ok=True)
+        barrier(job.world)
+        found = checkpoint.find_latest(self.checkpoints, job.world)
+        if found is not None:
+            self._check_resumable(found)
+            self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
+            self.step = checkpoint.read_meta(found)["step"]
+        if job.world.is_main:
+            self.writer = MetricsWriter(self.folder / "metrics.jsonl")
+            self.writer.truncate_after(self.step)
+            self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
+        self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
+
+    def _check_resumable(self, found: Path) -> None:
+        job, meta = self.job, checkpoint.read_meta(found)
+        together = _samples_per_pass(job)
+        if meta["samples_per_pass"] != together:
+            raise ConfigError(
+                f"checkpoint {found.name} was trained with {meta['samples_per_pass']} samples per pass over all ranks, now "
+                f"there are {together}; batch statistics and agreement would change: set --batch.micro_batch "
+                f"{max(1, meta['samples_per_pass'] // job.world.size)} or leave it out"
+            )
+        if meta["split_digest"] != split_digest(job.dataset):
+            raise ConfigError(
+                f"checkpoint {found.name} was trained on other samples than data.shards holds now; use another --run.name"
+            )
+
+    def record(self, **values: Any) -> None:
+        if self.writer is not None:
+            self.writer.write({"step": self.step, "epoch": self.job.plan.epoch_of(max(0, self.step - 1)), **values})
+
+    def close(self, error: BaseException | None) -> None:
+        """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
+        state, kind = _ending(error)
+        self.events.add(state, step=self.step, kind=kind, message=str(error or ""))
+        if self.progress is not None:
+            self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.job.world.is_main:
+            message = str(error or "")
+            write_outcome(self.folder, state=state, step=self.step, attempt=self.attempt, kind=kind, message=message)
+
+
+def _ending(error: BaseException | None) -> tuple[str, str | None]:
+    if error is None:
+        return "done", None
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return "interrupted", None
+    return "failed", getattr(error, "kind", "internal")
+
+
+def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[StepOutput, Tensor]:
+    """One optimizer step: forward and backward of each pass, the update, then what follows it."""
+    outs: list[StepOutput] = []
+    for number, batch in enumerate(passes):
+        with job.engine.accumulate(last=number == len(passes) - 1):
+            with watch.phase("forward"):
+                out = job.method.step(job.forward, batch.to(job.device, job.dtype), job.world)
+            with watch.phase("backward"):
+                job.engine.backward(out.loss / len(passes))
+        outs.append(out)
+    with watch.phase("optimizer"):
+        scale = lr_scale(
+            job.settings.optim,
+            passes[0].step,
+            steps_per_epoch=job.plan.steps_per_epoch,
+            epochs=job.settings.run.epochs,
+        )
+        norm = job.engine.step(scale)
+    out = StepOutput.merge(outs)
+    with watch.phase("collective"):
+        job.method.after_step(out, job.world)
+    return out, norm
+
+
+def fit(run: Run, stop_flag: StopFlag) -> None:
+    """Every step from where the run stands to its last."""
+    job, plan, config = run.job, run.job.plan, run.job.settings.run
+    meter, watch = Meter(job.device), Stopwatch()
+    guard = FiniteGuard(job)
+    batches = train_batches(job.dataset, plan, job.world, job.passes, run.step)
+    job.method.trainable.train()
+    with closing(batches):
+        while run.step < plan.n_steps:
+            with watch.phase("data"):
+                step, passes = next(batches)
+            assert step == run.step, (step, run.step)
+            out, norm = train_step(job, passes, watch)
+            meter.add({"loss": out.loss, "grad_norm": norm, **_prefixed("parts", out.parts), **_prefixed("gauges", out.gauges)})
+            guard.watch(step, out.loss, norm)
+            run.step += 1
+
+            ended_epoch = run.step % plan.steps_per_epoch == 0
+            every = config.checkpoint_every or plan.steps_per_epoch
+            checkpoint_due = run.step % every == 0
+            stop = False
+            if run.step % config.log_every == 0 or checkpoint_due or ended_epoch:
+                means, asked = meter.reduce(job.world, int(stop_flag.received is not None))
+                guard.check()
+                publish(run, means, watch)
+                stop = asked > 0
+            if ended_epoch and run.step // plan.steps_per_epoch % config.eval_every == 0:
+                validate(run)
+            if checkpoint_due or stop:
+                with watch.phase("checkpoint"):
+                    save(run)
+            if stop and run.step < plan.n_steps:
+                raise Interrupted(f"stopped by a signal after step {run.step} of {plan.n_steps}; start again to go on")
+
+
+def _prefixed(prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}:{name}": value for name, value in values.items()}
+
+
+def publish(run: Run, means: dict[str, float], watch: Stopwatch) -> None:
+    """One line of metrics and of progress; main rank only."""
+    if run.writer is None:
+        return
+    groups: dict[str, dict[str, float]] = {"parts": {}, "gauges": {}}
+    for name, value in means.items():
+        group, _, rest = name.partition(":")
+        if rest:
+            groups[group][rest] = value
+    optim, plan = run.job.settings.optim, run.job.plan
+    scale = lr_scale(optim, run.step - 1, steps_per_epoch=plan.steps_per_epoch, epochs=run.job.settings.run.epochs)
+    run.record(
+        samples=run.step * plan.global_batch,
+        loss=means["loss"],
+        **groups,
+        lr=optim.lr * scale,
+        grad_norm=means["grad_norm"],
+        timings=watch.read(),
+    )
+    if run.progress is not None:
+        run.progress.update(run.step, loss=means["loss"])
+
+
+def validate(run: Run) -> None:
+    """Score the validation split, remember the best student, tell the method."""
+    report = score(run.job, "val")
+    if report is None:
+        return
+    config = run.job.settings.eval
+    value = report.metrics.get(config.metric)
+    run.record(val=report.metrics)
+    if run.progress is not None:
+        run.progress.validated(config.metric, value)
+    if value is not None and value > run.best.value:
+        weights = run.job.method.student.state_dict() if run.job.world.is_main else {}
+        run.best = Best(run.step, value, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
+    run.job.method.after_eval(report.metrics, run.job.world)
+
+
+def score(job: Job, split: str) -> SplitReport | None:
+    """Evaluate the student as it stands; None where the fold has no such split."""
+    if len(job.dataset.split_samples(split)) == 0:
+        return None
+    return evaluate(
+        job.method.predict,
+        job.method.trainable,
+        job.dataset,
+        split,
+        job.settings.eval,
+        micro_batch=job.settings.batch.per_rank(job.world),
+        device=job.device,
+        dtype=job.dtype,
+        world=job.world,
+    )
+
+
+def save(run: Run) -> None:
+    job = run.job
+    meta = {
+        "epoch": job.plan.epoch_of(run.step),
+        "world_size": job.world.size,
+        "samples_per_pass": _samples_per_pass(job),
+        "split_digest": split_digest(job.dataset),
+        "teacher": None if job.teacher is None else job.teacher.card["sha256"],
+        "config": job.settings.model_dump(mode="json"),
+    }
+    checkpoint.save(
+        run.checkpoints,
+        run.step,
+        engine=job.engine,
+        state=job.method.state,
+        best=run.best,
+        meta=meta,
+        keep_last=job.settings.run.keep_last,
+        world=job.world,
+    )
+    run.events.add("checkpoint", step=run.step)
+
+
+def _samples_per_pass(job: Job) -> int:
+    return job.settings.batch.per_rank(job.world) * job.world.size
+
+
+def finish(run: Run) -> None:
+    """Put the selected weights into the student, export it, and score it on every split that was held out."""
+    job, settings = run.job, run.job.settings
+    selected = "last"
+    if settings.eval.select == "best" and run.best.step >= 0:
+        selected = "best"
+        weights = run.best.weights if job.world.is_main else None
+        job.method.student.load_state_dict(_from_main(weights, job))
+    about = {"method": settings.method.name, "fold": job.dataset.fold, "seed": settings.run.seed, "run": settings.run.name}
+    selection = {
+        "selected": selected,
+        "step": run.best.step if selected == "best" else run.step,
+        "select_metric": settings.eval.metric if selected == "best" else None,
+    }
+    if job.world.is_main:
+        write_export(
+            run.folder / "export",
+            job.method.student.state_dict(),
+            config=settings.model,
+            dataset=job.dataset,
+            about={**about, **selection, "split_digest": split_digest(job.dataset), "shards": str(job.dataset.folder)},
+        )
+    for split in ("val", "test"):
+        report = score(job, split)
+        if report is not None and job.world.is_main:
+            write_report(run.folder, report, about | {"selection": selection})
+            if run.progress is not None:
+                run.progress.scored(split, report.metrics)
+    barrier(job.world)
+
+
+def _from_main(weights: dict[str, Tensor] | None, job: Job) -> dict[str, Tensor]:
+    found = broadcast_object(weights, job.world)
+    assert found is not None
+    return found
+
+
+class FiniteGuard:
+    """Notices the first step whose loss or gradient is not finite, without asking the device at every step.
+
+    The gradient is averaged over ranks, so all ranks find the same step and stop together.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.recent: list[tuple[int, Tensor, Tensor]] = []
+
+    def watch(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self.recent.append((step, loss.detach(), norm))
+
+    def check(self) -> None:
+        """Called where the host waits anyway.
+
+        Raises:
+            NonFiniteError: on all ranks at once, naming the step, the ranks and their samples.
+        """
+        recent, self.recent = self.recent, []
+        norms = torch.stack([norm for _, _, norm in recent]).isfinite().tolist()
+        if all(norms):
+            return
+        step, loss, _ = recent[norms.index(False)]
+        job = self.job
+        mine = [] if math.isfinite(loss.item()) else _suspects(job, step)
+        per_rank = gather_objects(mine, job.world)
+        ranks = [rank for rank, suspects in enumerate(per_rank) if suspects]
+        names = [name for suspects in per_rank for name in suspects]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        where = f"rank {ranks}, samples {shown}" if names else "in the gradient only, on no single rank"
+        raise NonFiniteError(
+            f"loss or gradient is not finite at step {step}: {where}; look at these samples, lower optim.lr or set "
+            "optim.clip; the last checkpoint is from before"
+        )
+
+
+def _suspects(job: Job, step: int) -> list[str]:
+    """Keys of this rank's samples of a step; only those with values that are not finite, where there are any."""
+    samples: list[int] = []
+    for number in range(job.passes):
+        positions = job.plan.local_positions(step, number, job.passes, job.world)
+        samples += [int(sample) for sample in job.dataset.split_samples("train")[positions]]
+    batch = job.dataset.batch(samples, epoch=job.plan.epoch_of(step), train=True)
+    finite_B = torch.ones(len(samples), dtype=torch.bool)
+    for view in batch.views:
+        for values in view.values():
+            finite_B &= torch.isfinite(values.flatten(1)).all(dim=1)
+    bad = [sample for sample, finite in zip(samples, finite_B.tolist(), strict=True) if not finite]
+    return [job.dataset.describe(sample)["key"] for sample in bad or samples]
+
+

@@ -1,0 +1,114 @@
+"""The whole config of a run as one typed value; each section is declared beside the code that reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny
+
+from distkd.base import StrictConfig, World
+from distkd.data.dataset import DataConfig
+from distkd.engines import EngineConfig, OptimConfig
+from distkd.errors import ConfigError
+from distkd.methods import MethodConfig
+from distkd.models.build import ModelConfig
+
+__all__ = ["BatchConfig", "EvalConfig", "RunConfig", "Settings", "TeacherConfig"]
+
+
+class RunConfig(StrictConfig):
+    """Where a run lives and how long it is."""
+
+    root: Path = Path("runs")
+    """Folder of all runs."""
+    name: str = "run"
+    """Folder of this run below `root`; `{fold}` and `{seed}` stand for the run's own."""
+    seed: int = 0
+    """Source of every random draw."""
+    epochs: PositiveInt = 10
+    """Passes over the training set."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics; signals are agreed on at these steps too."""
+    eval_every: PositiveInt = 1
+    """Epochs between two evaluations of the validation split."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between two checkpoints; 0 writes one after each epoch."""
+    keep_last: PositiveInt = 2
+    """Checkpoints that are kept."""
+
+
+class BatchConfig(StrictConfig):
+    """How a step's samples are divided."""
+
+    global_batch: PositiveInt = 64
+    """Samples per optimizer step, over all ranks and accumulation passes."""
+    micro_batch: PositiveInt | None = None
+    """Samples per rank and forward pass; unset divides the global batch over the ranks without accumulation."""
+
+    def per_rank(self, world: World) -> int:
+        """Samples per rank and pass.
+
+        Raises:
+            ConfigError: the global batch cannot be divided.
+        """
+        if self.micro_batch is not None:
+            return self.micro_batch
+        if self.global_batch % world.size:
+            raise ConfigError(
+                f"batch.global_batch={self.global_batch} is not a multiple of the world size {world.size}; "
+                f"use {self._nearest(world.size)} or another number of ranks"
+            )
+        return self.global_batch // world.size
+
+    def passes(self, world: World) -> int:
+        """Forward passes per optimizer step."""
+        micro = self.per_rank(world)
+        together = micro * world.size
+        if self.global_batch % together:
+            raise ConfigError(
+                f"batch.global_batch={self.global_batch} is not a multiple of micro_batch x world size = "
+                f"{micro} x {world.size} = {together}; use {self._nearest(together)}, or leave micro_batch out"
+            )
+        return self.global_batch // together
+
+    def _nearest(self, unit: int) -> int:
+        return max(unit, self.global_batch // unit * unit)
+
+
+class TeacherConfig(StrictConfig):
+    """Where the frozen teacher comes from."""
+
+    export: str | None = None
+    """A run or export folder, or the bare name of a run below `run.root`; `{fold}` and `{seed}` stand for the run's own."""
+
+
+class EvalConfig(StrictConfig):
+    """What is measured, and which weights are handed on."""
+
+    select: Literal["best", "last"] = "best"
+    """`best` exports the weights with the best `metric` on the validation split, `last` those of the last step."""
+    metric: str = "auc_macro"
+    """Validation metric that selects; higher is better."""
+    level: Literal["sample", "group", "patient"] = "patient"
+    """Level of the headline metrics: single samples, groups such as regions of interest, or patients."""
+    patient_rule: Literal["mean", "max"] = "mean"
+    """A patient's prediction: mean of the groups' probabilities, or each class's largest log-probability."""
+
+
+class Settings(StrictConfig):
+    """Everything that a run depends on; written into the run folder, where it starts the same run again."""
+
+    run: RunConfig = RunConfig()
+    method: SerializeAsAny[MethodConfig]
+    model: ModelConfig
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def folder(self) -> Path:
+        return self.run.root / self.run.name

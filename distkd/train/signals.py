@@ -1,0 +1,36 @@
+"""A polite stop: a signal sets a flag, the ranks agree on it at a step boundary, a checkpoint is written, exit code 3."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+__all__ = ["StopFlag"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Whether this process was asked to stop; a context manager that puts the old handlers back."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._pid = os.getpid()
+
+    def __enter__(self) -> StopFlag:
+        self._old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            # a forked child inherited the handler: it has no step to finish, it ends as if there were none
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self.received = signal.Signals(number).name

@@ -1,0 +1,64 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: which Python, how a torchrun is started, stopped politely and judged.
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# The interpreter that has distkd: an activated environment, the repository's own, or the system's.
+if [[ -n ${VIRTUAL_ENV:-} ]]; then
+    python=$VIRTUAL_ENV/bin/python
+elif [[ -x $here/../.venv/bin/python ]]; then
+    python=$(cd "$here/.." && pwd)/.venv/bin/python
+else
+    python=python3
+fi
+
+# A batch system says USR1 or TERM: without this flag USR1 kills torchrun and leaves its ranks behind.
+signals=SIGTERM,SIGINT,SIGUSR1
+torchrun=("$python" -m torch.distributed.run --signals-to-handle="$signals")
+
+fail() {
+    printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+    exit 2
+}
+
+# value_of OPTION "$@": the last value of OPTION in the arguments, `--option value` or `--option=value`
+value_of() {
+    local option=$1 found="" previous="" argument
+    shift
+    for argument in "$@"; do
+        [[ $previous == "$option" ]] && found=$argument
+        [[ $argument == "$option="* ]] && found=${argument#*=}
+        previous=$argument
+    done
+    printf '%s' "$found"
+}
+
+# gpus: CUDA devices that torch may use; torch is asked only where there is a driver
+gpus() {
+    if command -v nvidia-smi >/dev/null; then
+        "$python" -c 'import torch; print(torch.cuda.device_count())'
+    else
+        echo 0
+    fi
+}
+
+# run_ranks RUN_ROOT COMMAND...: run torchrun, pass signals on, and exit as the ranks did
+run_ranks() {
+    local run_root=$1 code=0 child notes
+    shift
+    notes=$(mktemp -d)
+    : >"$notes/started"
+    # shellcheck disable=SC2064  # the folder of now
+    trap "rm -rf '$notes'" EXIT
+    DISTKD_EXIT_CODES=$notes "$@" &
+    child=$!
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
+    trap : INT # Ctrl-C reaches torchrun by itself: a second one would cut its shutdown short
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the ranks
+        code=0
+        wait "$child" || code=$?
+    done
+    "$python" "$here/exit_code.py" --torchrun "$code" --run-root "${run_root:-runs}" --notes "$notes"
+}

@@ -1,0 +1,45 @@
+"""The torchrun target: one rank of `distkd train`. Start it with the scripts beside it, or with torchrun yourself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Train, and leave the exit code where the launching script asks for it."""
+    folder = os.environ.get("DISTKD_EXIT_CODES")
+    if folder is None:
+        return _train()
+    if _refused_before(Path(folder)):
+        return 2
+    note = Path(folder) / f"rank-{os.environ.get('RANK', '0')}"
+    note.unlink(missing_ok=True)
+    code = _train()
+    note.write_text(str(code))
+    return code
+
+
+def _train() -> int:
+    from distkd.cli import main as distkd
+
+    try:
+        return distkd(["train", *sys.argv[1:]])
+    except SystemExit as end:  # argparse leaves this way: --help, or an argument that it does not know
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def _refused_before(folder: Path) -> bool:
+    """A restart after a user's error: it would fail and complain in the same way."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    return any(path.read_text() == "2" for path in folder.glob("rank-*"))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # after a lost rank, threads may hang in a collective: the outcome is on disk

@@ -1,0 +1,107 @@
+"""A small run of every method for the law tests: float64, every source of randomness on, batch statistics shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distkd import methods
+from distkd.base import World
+from distkd.comm import world as comm
+from distkd.config import settings_class
+from distkd.data.loader import train_batches
+from distkd.metrics.meters import Stopwatch
+from distkd.train.job import Job, assemble
+from distkd.train.loop import train_step
+from distkd.train.settings import Settings
+
+__all__ = ["Trace", "law_config", "run_steps", "settings_of"]
+
+# what a method needs to be small, by name; a method that is not here is taken with its defaults
+SMALL: dict[str, dict[str, Any]] = {
+    "dc_distill": {"embedding_dim": 8, "positives": 12, "negatives": 20, "keep_positive": 4, "keep_negative": 12},
+    "dc_teacher": {"l1": {"omic": 1e-4}},
+}
+
+
+def law_config(method: str, shards: Path, root: Path, **overrides: Any) -> dict[str, Any]:
+    """The config of a method's law run; `overrides` replace whole sections' fields."""
+    kind = methods.config_class(method)
+    student = {"modalities": ["path"], "encoders": {"path": {"name": "cnn", "widths": [8, 16]}}}
+    both = {**student, "modalities": ["path", "omic"], "fusion": "gated_bilinear"}
+    config: dict[str, Any] = {
+        "run": {"root": str(root), "name": method, "epochs": 4, "seed": 3, "log_every": 2},
+        "method": {"name": method, **SMALL.get(method, {})},
+        "model": {**(student if kind.needs_teacher else both), "feature_dim": 12, "dropout": 0.2, "norm": "sync"},
+        "teacher": {"export": "teacher" if kind.needs_teacher else None},
+        "data": {"shards": str(shards), "augment": {"hflip": True, "vflip": True, "brightness": 0.2, "noise": 0.05}},
+        "batch": {"global_batch": 16},
+        "optim": {"lr": 3e-3, "weight_decay": 1e-3, "clip": 5.0},
+        "engine": {"precision": "fp64", "device": "cpu"},
+        "eval": {"select": "last"},
+    }
+    for section, values in overrides.items():
+        config[section] = {**config[section], **values}
+    return config
+
+
+def settings_of(config: dict[str, Any]) -> Settings:
+    return settings_class(config["method"]["name"]).model_validate(config)
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a rank saw and ended with; tensors that must be equal on all ranks and at all world sizes."""
+
+    losses: list[float]
+    parts: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    state: dict[str, Tensor]
+    samples: list[list[int]]
+    counts: list[dict[str, int]]
+    backwards: list[int]
+
+
+def run_steps(world: World, *, config: dict[str, Any], steps: int) -> Trace:
+    """Take the first steps of a run without its folder, watching collectives and backward passes."""
+    job = assemble(settings_of(config), world)
+    job.method.trainable.train()
+    trace = Trace([], [], {}, {}, [], [], [])
+    arrivals = _count_backwards(job)
+    batches = train_batches(job.dataset, job.plan, world, job.passes, 0)
+    for _ in range(steps):
+        _, passes = next(batches)
+        before, arrived = comm.counts.copy(), arrivals[0]
+        out, _ = train_step(job, passes, Stopwatch())
+        trace.counts.append(dict(comm.counts - before))
+        trace.backwards.append(arrivals[0] - arrived)
+        mean = comm.all_reduce_sum(out.loss.detach().clone().double(), world) / world.size
+        trace.losses.append(mean.item())
+        trace.parts.append({name: value.item() for name, value in out.parts.items()})
+        trace.samples.append([int(sample) for batch in passes for sample in batch.sample_B])
+    batches.close()
+    trace.weights = {name: tensor.clone() for name, tensor in job.method.trainable.state_dict().items()}
+    trace.state = {name: tensor.clone() for name, tensor in job.method.state.state_dict().items()}
+    return trace
+
+
+def _count_backwards(job: Job) -> list[int]:
+    """How often a gradient arrives at the first weight of the student's trunk: once per traversal."""
+    first = next(p for p in job.method.student.parameters() if p.dim() > 1)
+    arrivals = [0]
+
+    def count(_: Tensor) -> None:
+        arrivals[0] += 1
+
+    first.register_post_accumulate_grad_hook(count)
+    return arrivals
+
+
+def equal_up_to(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}")

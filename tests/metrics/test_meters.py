@@ -1,0 +1,172 @@
+"""Means over steps and ranks by one collective, and host time by phase."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distkd.base import World
+from distkd.metrics import Meter, Stopwatch, meters
+
+
+def on_ranks(monkeypatch, per_rank, flags):
+    """`reduce` as every rank would see it: each rank's packed vector is recorded, then each gets the sum."""
+    sent = []
+    results = []
+
+    def filled(rank: int) -> Meter:
+        meter = Meter()
+        for step in per_rank[rank]:
+            meter.add({name: torch.tensor(value) for name, value in step.items()})
+        return meter
+
+    worlds = [World(rank, len(per_rank)) for rank in range(len(per_rank))]
+
+    def record(packed, world):
+        sent.append(packed)
+        raise InterruptedError
+
+    monkeypatch.setattr(meters, "all_reduce_sum", record)
+    for world in worlds:
+        with pytest.raises(InterruptedError):
+            filled(world.rank).reduce(world, flags[world.rank])
+    assert len({packed.shape for packed in sent}) == 1  # one collective of one shape, whatever the names
+    monkeypatch.setattr(meters, "all_reduce_sum", lambda packed, world: torch.stack(sent).sum(dim=0))
+    for world in worlds:
+        results.append(filled(world.rank).reduce(world, flags[world.rank]))
+    return results
+
+
+def test_one_process_gets_the_mean_over_its_steps_and_starts_afresh():
+    meter = Meter()
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value), "kl": torch.tensor(value) / 2})
+    assert meter.reduce(World()) == {"kl": 1.5, "loss": 3.0}
+    assert meter.reduce(World()) == {}
+
+
+def test_names_may_come_and_go_between_steps():
+    meter = Meter()
+    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    meter.add({"a": torch.tensor(3.0)})
+    assert meter.reduce(World()) == {"a": 2.0, "b": 5.0}
+
+
+def test_values_are_detached_and_the_callers_tensor_is_not_changed():
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    meter = Meter()
+    meter.add({"x": weight})
+    meter.add({"x": weight})
+    assert not meter._sums["x"].requires_grad
+    assert weight.item() == 2.0
+    assert meter.reduce(World()) == {"x": 2.0}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_gets_the_mean_over_steps_and_ranks_and_the_sum_of_flags(monkeypatch, size):
+    per_rank = [[{"b": rank + step, "a": 1.0} for step in range(3)] for rank in range(size)]
+    results = on_ranks(monkeypatch, per_rank, flags=[rank % 2 for rank in range(size)])
+    mean = sum(rank + step for rank in range(size) for step in range(3)) / (3 * size)
+    for means, flag in results:
+        assert list(means) == ["a", "b"]
+        assert means == pytest.approx({"a": 1.0, "b": mean})
+        assert flag == size // 2
+
+
+@pytest.mark.parametrize("other", [{"loss": 1.0, "extra": 2.0}, {"lost": 1.0}, {f"n{i}": 0.0 for i in range(29)}])
+def test_a_rank_with_other_names_is_our_own_fault(monkeypatch, other):
+    with pytest.raises(AssertionError, match="another rank measures other names"):
+        on_ranks(monkeypatch, [[{"loss": 1.0}], [{"loss": 1.0}], [other]], flags=[0, 0, 0])
+
+
+@given(names=st.lists(st.text(min_size=1), unique=True, max_size=80))
+def test_any_number_of_names_survives_the_packing(names):
+    meter = Meter()
+    meter.add({name: torch.tensor(float(i)) for i, name in enumerate(names)})
+    assert meter.reduce(World(), 1) == ({name: float(i) for i, name in enumerate(names)}, 1)
+
+
+def test_adding_never_waits_for_the_device():
+    meter = Meter("meta")  # a meta tensor has no value: any read of one would raise
+    for _ in range(3):
+        meter.add({"loss": torch.zeros((), device="meta")})
+
+
+def test_reducing_reads_the_device_once(monkeypatch):
+    reads = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or plain(self))
+    for name in ("item", "__float__", "__int__", "__bool__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_: pytest.fail("a second read"))
+    meter = Meter()
+    meter.add({f"part {i}": torch.tensor(1.0) for i in range(20)})
+    meter.reduce(World())
+    assert len(reads) == 1
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_phases_sum_until_read_in_a_fixed_order():
+    clock = Clock()
+    watch = Stopwatch(clock)
+    for _ in range(2):
+        with watch.phase("forward"):
+            clock.now += 2.0
+        clock.now += 50.0  # between phases: nobody's
+        with watch.phase("data"):
+            clock.now += 1.0
+    assert list(watch.read().items()) == [("data", 2.0), ("forward", 4.0)]
+    assert watch.read() == {}
+
+
+def test_an_inner_phase_takes_its_time_from_the_outer():
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with watch.phase("backward"):
+        clock.now += 3.0
+        with watch.phase("collective"):
+            clock.now += 4.0
+        clock.now += 5.0
+    assert watch.read() == {"backward": 8.0, "collective": 4.0}
+
+
+def test_a_phase_that_is_open_while_read_is_split_at_the_reading():
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with watch.phase("data"):
+        clock.now += 1.0
+        assert watch.read() == {"data": 1.0}
+        clock.now += 2.0
+    assert watch.read() == {"data": 2.0}
+
+
+def test_time_counts_when_the_phase_fails():
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with pytest.raises(OSError, match="disk"), watch.phase("checkpoint"):
+        clock.now += 7.0
+        raise OSError("disk")
+    assert watch.read() == {"checkpoint": 7.0}
+
+
+def test_an_unknown_phase_is_our_own_fault():
+    with pytest.raises(AssertionError, match="phase 'lunch' is not one of"), Stopwatch().phase("lunch"):
+        pass
+
+
+def _measure(world: World) -> tuple[dict[str, float], int]:
+    meter = Meter()
+    for step in range(3):
+        meter.add({"loss": torch.tensor(float(world.rank + step))})
+    return meter.reduce(world, int(world.rank == 0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_real_ranks_agree_on_means_and_flag(ranks, size):
+    assert ranks(size).run(_measure) == [({"loss": 1.0 + (size - 1) / 2}, 1)] * size
