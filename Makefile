@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 ARGS ?=
-export PYTHON TORCH_INDEX
 # ranks share the cores: one thread each
 export OMP_NUM_THREADS ?= 1
 

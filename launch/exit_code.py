@@ -45,7 +45,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torchrun", type=int, required=True, help="exit code of torchrun")
     parser.add_argument("--run-root", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--notes", type=Path, required=True, help="folder of the ranks' codes; its file 'started' is as old as this attempt")
+    parser.add_argument(
+        "--notes",
+        type=Path,
+        required=True,
+        help="folder of the ranks' codes; its file 'started' is as old as this attempt",
+    )
     return parser.parse_args()
 
 

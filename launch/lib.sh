@@ -14,6 +14,7 @@ fi
 
 # A batch system says USR1 or TERM: without this flag USR1 kills torchrun and leaves its ranks behind.
 signals=SIGTERM,SIGINT,SIGUSR1
+# shellcheck disable=SC2034  # for the scripts that source this one
 torchrun=("$python" -m torch.distributed.run --signals-to-handle="$signals")
 
 fail() {
@@ -42,23 +43,37 @@ gpus() {
     fi
 }
 
-# run_ranks RUN_ROOT COMMAND...: run torchrun, pass signals on, and exit as the ranks did
-run_ranks() {
-    local run_root=$1 code=0 child notes
-    shift
-    notes=$(mktemp -d)
-    : >"$notes/started"
-    # shellcheck disable=SC2064  # the folder of now
-    trap "rm -rf '$notes'" EXIT
-    DISTKD_EXIT_CODES=$notes "$@" &
+# show COMMAND...: print it as it could be typed
+show() {
+    "$python" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@"
+}
+
+# supervise COMMAND...: run it, pass signals on, wait for its end however often a signal interrupts; leaves $code
+supervise() {
+    local child
+    "$@" &
     child=$!
-    trap 'kill -TERM "$child" 2>/dev/null || true' TERM
-    trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
-    trap : INT # Ctrl-C reaches torchrun by itself: a second one would cut its shutdown short
+    # shellcheck disable=SC2064  # the child of now
+    trap "kill -TERM $child 2>/dev/null || true" TERM
+    # shellcheck disable=SC2064
+    trap "kill -USR1 $child 2>/dev/null || true" USR1
+    trap : INT # Ctrl-C reaches the child by itself: a second one would cut its shutdown short
+    code=0
     wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the ranks
+    while kill -0 "$child" 2>/dev/null; do
         code=0
         wait "$child" || code=$?
     done
-    "$python" "$here/exit_code.py" --torchrun "$code" --run-root "${run_root:-runs}" --notes "$notes"
+}
+
+# run_ranks RUN_ROOT COMMAND...: run torchrun and return the code that the ranks ended with
+run_ranks() {
+    local run_root=${1:-runs} notes
+    shift
+    notes=$(mktemp -d)
+    # shellcheck disable=SC2064  # the folder of now
+    trap "rm -rf '$notes'" EXIT
+    : >"$notes/started"
+    DISTKD_EXIT_CODES=$notes supervise "$@"
+    "$python" "$here/exit_code.py" --torchrun "$code" --run-root "$run_root" --notes "$notes"
 }

@@ -50,7 +50,7 @@ done
 way_out='import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((sys.argv[1], 9)); print(s.getsockname()[0])'
 address=${LOCAL_ADDR:-$("$python" -c "$way_out" "$MASTER_ADDR" 2>/dev/null)} ||
     fail "this node knows no way to MASTER_ADDR '$MASTER_ADDR'; check the name, or set LOCAL_ADDR"
-if [[ -z ${GLOO_SOCKET_IFNAME:-} && $(getent hosts "$(hostname)" || true) =~ ^(127\.|::1) ]]; then
+if [[ -z ${GLOO_SOCKET_IFNAME:-} && $address != 127.* && $(getent hosts "$(hostname)" || true) =~ ^(127\.|::1) ]]; then
     echo "multinode.sh: hint: $(hostname) resolves to loopback here; CPU ranks meet only after" \
         "export GLOO_SOCKET_IFNAME=<the interface that has $address>; \`ip -brief address\` lists them" >&2
 fi
@@ -66,7 +66,7 @@ command=("${torchrun[@]}" --nnodes="$NODES" --nproc-per-node="$nproc" --max-rest
     --rdzv-conf="$conf" --local-addr="$address" --monitor-interval=1
     "$here/train.py" "${arguments[@]}")
 if [[ -n $print ]]; then
-    printf 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 %s\n' "${command[*]@Q}"
+    show TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "${command[@]}"
     exit 0
 fi
 run_ranks "$(value_of --run.root "${arguments[@]}")" "${command[@]}"

@@ -26,19 +26,7 @@ shift 2
 
 launcher=$here/workstation.sh
 [[ -z ${NODES:-} ]] || launcher=$here/multinode.sh
-stop=""
-trap 'stop=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-trap 'stop=yes; kill -USR1 "$child" 2>/dev/null || true' USR1
-trap 'stop=yes' INT
 for config in "$teacher" "$student"; do
-    code=0
-    "$launcher" "$config" "$@" &
-    child=$!
-    wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do
-        code=0
-        wait "$child" || code=$?
-    done
+    supervise "$launcher" "$config" "$@"
     [[ $code -eq 0 ]] || exit "$code"
-    [[ -z $stop ]] || exit 3
 done

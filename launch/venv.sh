@@ -32,8 +32,9 @@ find_python() {
             command -v "$candidate"
             return
         fi
-        found+=$(command -v "$candidate" >/dev/null && printf '%s is %s; ' "$candidate" \
-            "$("$candidate" -c 'import platform; print(platform.python_version())' 2>&1 | tail -n 1)" || true)
+        if command -v "$candidate" >/dev/null; then
+            found+="$candidate is $("$candidate" --version 2>&1); "
+        fi
     done
     fail "no Python 3.11 or newer: ${found:-${PYTHON:-python3} is not installed; }install one, for example" \
         "  sudo apt-get install python3 python3-venv           (Debian 12, Ubuntu 24.04 and newer)" \

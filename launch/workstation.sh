@@ -51,7 +51,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))
 command=("${torchrun[@]}" --standalone --nproc-per-node="$nproc" --max-restarts="$max_restarts"
     "$here/train.py" "${arguments[@]}")
 if [[ -n $print ]]; then
-    printf 'OMP_NUM_THREADS=%s %s\n' "$OMP_NUM_THREADS" "${command[*]@Q}"
+    show OMP_NUM_THREADS="$OMP_NUM_THREADS" "${command[@]}"
     exit 0
 fi
 run_ranks "$(value_of --run.root "${arguments[@]}")" "${command[@]}"

@@ -19,7 +19,7 @@ def rank_pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def ranks(rank_pool: Pool) -> Callable[..., Ranks]:
-    """`ranks(size).run(function, **kwargs)`: call a module-level `function(world, **kwargs)` on 1, 2 or 4 gloo ranks."""
+    """`ranks(size).run(function, **kwargs)`: a module-level `function(world, **kwargs)` on 1, 2 or 4 gloo ranks."""
 
     def of_size(size: int, *, timeout_s: float = JOB_TIMEOUT_S) -> Ranks:
         assert size in SIZES, f"the pool has {SIZES} ranks, not {size}"

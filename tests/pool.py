@@ -227,7 +227,7 @@ def _call(job: _Job, rank: int) -> Any:
     warnings.filters[:] = job.filters  # type: ignore[index]
     warnings.simplefilter("default", append=True)  # the public way to make the new list count
     random.seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # for code that should not use it
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     if job.size == 1:

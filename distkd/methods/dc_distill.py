@@ -133,15 +133,35 @@ class DCDistill(PlainMethod):
         return [{"params": list(self.trainable.parameters())}]
 
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
-        c = self.config
         student = model(batch)
         with torch.no_grad():
             teacher = self.frozen["teacher"](batch)
             mean_teacher = self.mean_teacher(batch.view(1))
-        weighted = c.weights == "agreement"
-        feature_BD = leaf_of(student.feature_BD) if weighted else student.feature_BD
-        logits_BC = self.student.classifier(feature_BD)
+        if self.config.weights == "none":
+            task, distillation, rows = self.losses(student.feature_BD, teacher, mean_teacher, batch, world)
+            loss, gauges = task + torch.stack(list(distillation.values())).sum(), {}
+        else:
+            leaf_BD = leaf_of(student.feature_BD)
+            task, distillation, rows = self.losses(leaf_BD, teacher, mean_teacher, batch, world)
+            agreement = agree(
+                task,
+                distillation,
+                feature_BD=student.feature_BD,
+                leaf_BD=leaf_BD,
+                heads=self.model.heads(),
+                weigh=self._weigh,
+                world=world,
+            )
+            loss, gauges = agreement.loss, agreement.gauges()
+        parts = {"task": task.detach(), **{name: part.detach() for name, part in distillation.items()}}
+        return StepOutput(loss, parts, gauges, rows, step=batch.step)
 
+    def losses(
+        self, feature_BD: Tensor, teacher: Outputs, mean_teacher: Outputs, batch: Batch, world: World
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The task loss, the four distillation losses with alpha and beta in them, and the rows for the banks."""
+        c = self.config
+        logits_BC = self.student.classifier(feature_BD)
         task = labelled_cross_entropy(logits_BC, batch.label_B, self.labelled_share)
         contrast, rows = self._contrasts(feature_BD, {"teacher": teacher, "mean_teacher": mean_teacher}, batch, world)
         distillation = {
@@ -150,20 +170,7 @@ class DCDistill(PlainMethod):
             "contrast_teacher": c.beta * contrast["teacher"],
             "contrast_mean_teacher": c.beta * contrast["mean_teacher"],
         }
-        loss, gauges = task + torch.stack(list(distillation.values())).sum(), {}
-        if weighted:
-            agreement = agree(
-                task,
-                distillation,
-                feature_BD=student.feature_BD,
-                leaf_BD=feature_BD,
-                heads=self.model.heads(),
-                weigh=self._weigh,
-                world=world,
-            )
-            loss, gauges = agreement.loss, agreement.gauges()
-        parts = {"task": task.detach(), **{name: part.detach() for name, part in distillation.items()}}
-        return StepOutput(loss, parts, gauges, rows, step=batch.step)
+        return task, distillation, rows
 
     def _weigh(self, cosines: Tensor) -> Tensor:
         return row_sum_weights(cosines, clamp_min=self.config.clamp_min, normalise=self.config.normalise)

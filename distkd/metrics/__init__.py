@@ -1,7 +1,6 @@
 """Numbers about a run: metrics of predictions, levels of aggregation, meters, and the files that hold them."""
 
 from distkd.metrics.classification import METRICS, PER_CLASS, ClassificationReport, classification_metrics
-from distkd.metrics.files import write_atomic
 from distkd.metrics.jsonl import MetricsWriter, json_ready, read_jsonl
 from distkd.metrics.levels import LEVELS, PatientRule, levels, to_group, to_patient
 from distkd.metrics.meters import PHASES, Meter, Stopwatch
@@ -25,6 +24,5 @@ __all__ = [
     "read_predictions",
     "to_group",
     "to_patient",
-    "write_atomic",
     "write_predictions",
 ]

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distkd.errors import DataError
-from distkd.metrics.files import write_atomic
+from distkd.files import write_text
 
 __all__ = ["MetricsWriter", "json_ready", "read_jsonl"]
 
@@ -90,4 +90,4 @@ class MetricsWriter:
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         kept = "".join(line + "\n" for line, record in _whole_lines(self.path) if wanted(record))
         if kept.encode() != self.path.read_bytes():
-            write_atomic(self.path, kept)
+            write_text(self.path, kept)

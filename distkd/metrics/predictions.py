@@ -14,7 +14,7 @@ import numpy as np
 
 from distkd.base import UNLABELLED
 from distkd.errors import DataError, ShapeError
-from distkd.metrics.files import write_atomic
+from distkd.files import write_text
 
 __all__ = ["Predictions", "read_predictions", "write_predictions"]
 
@@ -76,7 +76,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
                 *(repr(float(p)) for p in predictions.probability_NC[row]),
             ]
         )
-    write_atomic(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def read_predictions(path: Path) -> Predictions:

@@ -1,5 +1,5 @@
-"""The page that shows what a study found: tables with intervals, curves, confusion, and where every number comes from."""
+"""The page that shows what a study found: tables with intervals, curves, confusion, and where the numbers come from."""
 
-from distkd.report.make import default_output, make_report
+from distkd.report.make import make_report
 
-__all__ = ["default_output", "make_report"]
+__all__ = ["make_report"]

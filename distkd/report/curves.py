@@ -1,4 +1,4 @@
-"""Panels over training steps: losses, validation metrics, learning rate, gradient norm, agreement weights and cosines."""
+"""Panels over training steps: losses, validation metrics, learning rate, gradient norm, agreement of gradients."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from distkd.report.stats import Estimate, estimate, units_of
 
 __all__ = ["confusion_of", "confusion_panel", "difference_panel", "value_panel"]
 
-_BLUE = "#0072b2"
+# not one of the themed colours: white figures must stay readable on it in the dark
+_BLUE = "#0b6aa8"
 
 
 def value_panel(metric: str, level: str, roles: Sequence[tuple[Role, Style]]) -> Panel:
@@ -34,29 +35,33 @@ def value_panel(metric: str, level: str, roles: Sequence[tuple[Role, Style]]) ->
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(metric)
 
-    return Panel(f"{metric}: mean, 95 % interval, every run", draw, width=5.2, height=0.9 + 0.42 * len(shown))
+    return Panel(f"{metric}: mean, 95 % interval, every run", draw, width=5.2, height=0.9 + 0.46 * len(shown))
 
 
-def difference_panel(title: str, differences: dict[str, Estimate], style: Style) -> Panel:
-    """One line per metric: the paired difference with its interval, beside the zero line."""
+def difference_panel(title: str, roles: Sequence[tuple[Style, dict[str, Estimate]]]) -> Panel:
+    """One line per metric, on it each role's paired difference with its interval, beside the zero line."""
+    metrics = list(dict.fromkeys(metric for _, differences in roles for metric in differences))
+    step = 0.7 / len(roles)
 
     def draw(axes: Axes) -> None:
-        for place, difference in enumerate(differences.values()):
-            _interval(axes, difference, place, style)
         axes.axvline(0.0, color=INK, linewidth=0.9)
-        axes.set_yticks(range(len(differences)), list(differences))
-        axes.set_ylim(len(differences) - 0.5, -0.5)
+        for number, (style, differences) in enumerate(roles):
+            for metric, difference in differences.items():
+                place = metrics.index(metric) + (number - (len(roles) - 1) / 2) * step
+                _interval(axes, difference, place, style)
+        axes.set_yticks(range(len(metrics)), metrics)
+        axes.set_ylim(len(metrics) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("difference (right of the line is better)")
 
-    return Panel(title, draw, width=5.2, height=0.8 + 0.24 * len(differences))
+    return Panel(title, draw, width=5.2, height=0.8 + (0.16 + 0.1 * len(roles)) * len(metrics))
 
 
 def _interval(axes: Axes, value: Estimate | None, place: float, style: Style) -> None:
     if value is None:
         return
     if value.low is not None and value.high is not None:
-        axes.plot([value.low, value.high], [place, place], color=style.color, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([value.low, value.high], [place, place], color=style.color, linewidth=2.0, solid_capstyle="butt")
     axes.plot([value.mean], [place], color=style.color, marker=style.marker, linestyle="none", markersize=5.5)
 
 

@@ -32,9 +32,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str 
     """A table that scrolls sideways on a narrow screen; the first column names the row."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
-    title = [tag("caption", caption)] if caption else []
-    inner = tag("table", *title, tag("thead", head), tag("tbody", *body), class_=class_)
-    return tag("div", inner, class_="scroll")
+    inner = tag("table", tag("thead", head), tag("tbody", *body), class_=class_)
+    # a paragraph, not a caption: it must wrap at the width of the screen, not at that of the table
+    title = [tag("p", caption, class_="caption")] if caption else []
+    return join([*title, tag("div", inner, class_="scroll")])
 
 
 def details(summary: str, *children: str) -> Safe:

@@ -20,13 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-__all__ = ["GRID", "INK", "Panel", "Style", "panels_to_png", "style_of", "to_svg"]
+__all__ = ["GRID", "INK", "ON_DARK", "Panel", "Style", "panels_to_png", "style_of", "themed", "to_svg"]
 
 INK = "#16181d"
 """Text and lines; in the page it is replaced by the colour of the text, light or dark."""
 GRID = "#d5d8de"
-
-_THEMED = {INK: "var(--ink)", GRID: "var(--grid)"}
 
 # Okabe and Ito's colours, told apart by all forms of colour vision; dashes and markers repeat the difference
 _CYCLE = (
@@ -38,6 +36,25 @@ _CYCLE = (
     ("#56b4e9", "-", "X"),
 )
 _TEACHER = ("#7b8089", ":", "o")
+
+ON_DARK = {
+    "#d55e00": "#ff8b42",
+    "#0072b2": "#4fb0ec",
+    "#009e73": "#33c79d",
+    "#cc79a7": "#e29cc4",
+    "#e69f00": "#f5b83d",
+    "#56b4e9": "#8fd0f7",
+    "#7b8089": "#a5abb6",
+}
+"""The colours of roles on paper, and what they become on a dark page."""
+
+
+def themed(color: str) -> str:
+    """The style sheet's name of a colour of roles."""
+    return f"var(--role-{color[1:]})"
+
+
+_THEMED = {INK: "var(--ink)", GRID: "var(--grid)"} | {color: themed(color) for color in ON_DARK}
 
 _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -66,7 +83,10 @@ _RC: dict[str, Any] = {
     "lines.markersize": 4.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 3.0,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.09,
+    "figure.constrained_layout.h_pad": 0.06,
     "svg.fonttype": "path",
     "path.simplify_threshold": 0.5,
 }

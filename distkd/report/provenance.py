@@ -10,9 +10,10 @@ import yaml
 
 from distkd.metrics import PER_CLASS
 from distkd.report.html import Safe, details, join, name_cell, table, tag
-from distkd.report.results import Study, number, role_cell, selection_of
+from distkd.report.results import number, role_cell
 from distkd.report.roles import Role
 from distkd.report.stats import estimate, units_of
+from distkd.report.study import Study
 
 __all__ = ["excluded_notice", "per_class_table", "provenance"]
 
@@ -62,38 +63,42 @@ def _data(study: Study) -> Safe:
     facts: dict[str, Any] = {}
     for run in study.runs:
         facts = run.about_data | facts
-    excluded = facts.get("excluded")
-    rows = [
-        ("task", facts.get("task")),
-        ("classes", ", ".join(study.class_names or map(str, facts.get("class_names", [])))),
-        ("samples", facts.get("n_samples")),
-        ("patients", facts.get("n_patients")),
-        ("split rule", facts.get("split_rule")),
-        ("split seed", facts.get("split_seed")),
-        (
-            "excluded columns",
-            "; ".join(f"{k}: {v}" for k, v in excluded.items()) if isinstance(excluded, dict) else excluded,
-        ),
-        ("source", facts.get("source")),
-        ("licence", facts.get("licence")),
-    ]
-    known = [[name, str(value)] for name, value in rows if value not in (None, "")]
-    if len(known) <= 1:
-        known.append(["source and licence", "not found: neither the run folders nor the shards' manifest say"])
-    return join([tag("h3", "Data"), table(["", ""], known, class_="left")])
+    facts["class_names"] = ", ".join(map(str, study.class_names or facts.get("class_names", [])))
+    if isinstance(facts.get("excluded"), dict):
+        facts["excluded"] = "; ".join(f"{column} ({reason})" for column, reason in facts["excluded"].items())
+    rows = [[title, str(facts[key])] for key, title in _FACTS.items() if facts.get(key) not in (None, "")]
+    if "source" not in facts and "licence" not in facts:
+        rows.append(["source and licence", "not found: neither the run folders nor a manifest within reach say"])
+    return join([tag("h3", "Data"), table(["", ""], rows, class_="left facts")])
+
+
+_FACTS = {
+    "task": "task",
+    "class_names": "classes",
+    "n_samples": "samples",
+    "n_patients": "patients",
+    "split_rule": "split rule",
+    "split_seed": "split seed",
+    "excluded": "excluded columns",
+    "source": "source",
+    "licence": "licence",
+}
 
 
 def _selection(study: Study) -> Safe:
-    stated = sorted({f"{key} = {value}" for run in study.runs for key, value in selection_of(run).items()})
-    text = (
-        f"Weights were selected on the validation split ({', '.join(stated)}); the {study.split} split was read for the "
-        f"final metrics only."
-        if stated and "test" not in " ".join(stated)
-        else f"Selection as configured: {', '.join(stated)}."
-        if stated
-        else "The configs name no rule of selection."
-    )
-    return join([tag("h3", "Selection"), tag("p", text), tag("p", f"Main metric of this page: {study.main_metric}.")])
+    rules: dict[str, None] = {}
+    for run in study.runs:
+        select, metric = run.get("eval.select"), run.get("eval.metric")
+        if select == "best":
+            rules[f"the weights with the best {metric} on the validation split"] = None
+        elif select is not None:
+            rules["the weights of the last step" if select == "last" else str(select)] = None
+    rule = "; or ".join(rules) or "not stated in the configs"
+    text = f"Measured weights: {rule}."
+    if rules:
+        text += f" The {study.split} split was read for the final metrics only." if study.split != "val" else ""
+    main = f"Headline metric: {study.main_metric}, the one that selects; all metrics are in the tables."
+    return join([tag("h3", "Selection"), tag("p", text), tag("p", main)])
 
 
 def _runs(study: Study) -> Safe:
@@ -105,13 +110,14 @@ def _runs(study: Study) -> Safe:
             str(run.seed),
             _ending(run.outcome, run.state),
             "-" if run.evaluation is None else str(run.evaluation.n),
+            "-" if run.evaluation is None else str(run.evaluation.selection.get("step", "-")),
             str(run.folder),
         ]
         for role, _ in study.roles
         for run in role.runs
     ]
-    header = ["run", "role", "fold", "seed", "outcome", f"n ({study.split})", "folder"]
-    return join([tag("h3", "Runs"), table(header, rows, class_="left")])
+    header = ["run", "role", "fold", "seed", "outcome", f"n ({study.split})", "step of the weights", "folder"]
+    return details(f"All {len(rows)} runs and how they ended", table(header, rows, class_="left"))
 
 
 def _ending(outcome: dict[str, Any], state: str) -> Safe:
@@ -125,9 +131,7 @@ def _configs(study: Study) -> Sequence[Safe]:
     return [
         details(
             f"Configuration: {role.title}",
-            tag(
-                "p", f"Of {role.runs[0].name}; its repeats differ in fold, seed, place and teacher only.", class_="soft"
-            ),
+            tag("p", f"Of {role.runs[0].name}; repeats differ in fold, seed, place and teacher only.", class_="soft"),
             tag("pre", yaml.safe_dump(role.runs[0].config, sort_keys=False, allow_unicode=True).rstrip()),
         )
         for role, _ in study.roles

@@ -2,75 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from distkd.metrics import METRICS
 from distkd.report.html import Safe, details, join, name_cell, table, tag
 from distkd.report.plots import Style
-from distkd.report.roles import Role, find_baseline, flatten
-from distkd.report.runs import Run
+from distkd.report.roles import Role
 from distkd.report.stats import Estimate, estimate, paired, units_of, verdict
+from distkd.report.study import Study
 from distkd.report.theme import swatch
 
-__all__ = ["Study", "difference_text", "headline", "number", "role_cell", "selection_of"]
-
-
-@dataclass(frozen=True)
-class Study:
-    """All that the page is made of."""
-
-    split: str
-    baseline: str | None
-    """Method to compare with instead of the student alone."""
-    roles: list[tuple[Role, Style]]
-    excluded: list[tuple[Run, str, str]]
-    """Run, why it is not in the tables, and what to do."""
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for role, _ in self.roles for run in role.runs]
-
-    @property
-    def counted(self) -> list[tuple[Role, Style]]:
-        return [(role, style) for role, style in self.roles if role.counted]
-
-    @property
-    def level(self) -> str:
-        return next((run.evaluation.level for run in self.runs if run.evaluation), "sample")
-
-    @property
-    def class_names(self) -> list[str]:
-        return next((run.evaluation.class_names for run in self.runs if run.evaluation), [])
-
-    def metrics(self, level: str) -> list[str]:
-        evaluations = [run.evaluation for role, _ in self.counted for run in role.counted if run.evaluation]
-        names = {name for evaluation in evaluations for name in evaluation.metrics_at(level)}
-        return [name for name in METRICS if name in names] + sorted(names - set(METRICS))
-
-    @property
-    def main_metric(self) -> str:
-        """The metric that the configs select by; `balanced_accuracy` where they name none."""
-        named = [str(value) for run in self.runs for value in selection_of(run).values()]
-        known = self.metrics(self.level) or ["balanced_accuracy"]
-        chosen = (metric for value in named for metric in sorted(known, key=len, reverse=True) if metric in value)
-        return next(chosen, "balanced_accuracy" if "balanced_accuracy" in known else known[0])
-
-    def baseline_of(self, role: Role) -> Role | None:
-        return find_baseline(role, [other for other, _ in self.counted], self.baseline)
-
-    @property
-    def unit(self) -> str:
-        return "folds" if len({run.fold for role, _ in self.counted for run in role.counted}) > 1 else "seeds"
-
-
-def selection_of(run: Run) -> dict[str, object]:
-    """What the config says about choosing weights."""
-    return {
-        key: value
-        for key, value in flatten(run.config).items()
-        if "select" in key.rsplit(".", 1)[-1] and value is not None
-    }
+__all__ = ["difference_table", "footnotes", "headline", "number", "role_cell", "role_table", "run_values"]
 
 
 def number(value: float | None, *, signed: bool = False) -> str:
@@ -79,96 +18,69 @@ def number(value: float | None, *, signed: bool = False) -> str:
     return f"{value:+.3f}" if signed else f"{value:.3f}"
 
 
-def _with_interval(value: Estimate | None, *, n_of_role: int | None = None, signed: bool = False) -> Safe:
-    if value is None:
-        return Safe("-")
-    small = (
-        "no interval"
-        if value.low is None
-        else f"[{number(value.low, signed=signed)}, {number(value.high, signed=signed)}]"
-    )
-    less = f", n = {value.n}" if n_of_role not in (None, value.n) else ""
-    return join([number(value.mean, signed=signed), tag("small", small + less)], "")
+def _interval(value: Estimate, *, signed: bool = False) -> str:
+    if value.low is None:
+        return "no interval"
+    return f"[{number(value.low, signed=signed)}, {number(value.high, signed=signed)}]"
 
 
-def difference_text(difference: Estimate) -> str:
-    interval = (
-        ""
-        if difference.low is None
-        else f" [{number(difference.low, signed=True)}, {number(difference.high, signed=True)}]"
-    )
-    t = "" if difference.t is None else f", t = {difference.t:.2f}"
-    return f"{number(difference.mean, signed=True)}{interval}{t}, n = {difference.n}"
-
-
-def role_cell(role: Role, style: Style) -> Safe:
+def role_cell(role: Role, style: Style, *facts: str) -> Safe:
+    """The role's name with its line sample; below it the inputs that its models need."""
     inputs = " + ".join(role.runs[0].modalities) or "inputs not stated"
-    kind = f"{role.method}, " if role.kind == "distilled" and role.method not in role.title else ""
-    return join([tag("span", swatch(style), role.title, class_="role"), tag("small", f"{kind}{inputs}")], "")
+    lines = [tag("small", line) for line in (inputs, *facts)]
+    return join([tag("span", swatch(style), role.title, class_="role"), *lines], "")
 
 
 def headline(study: Study) -> Safe:
-    """Section 1: what was distilled into what, whether it helped, and the numbers."""
+    """What was distilled into what, and whether it helped."""
     if not study.counted:
-        return tag("section", _flow(study), tag("p", f"No finished run has metrics of the {study.split} split yet."))
-    return tag(
-        "section",
-        _flow(study),
-        _verdicts(study),
-        role_table(study, study.level),
-        _footnotes(study),
-        _values(study),
-        *_differences(study),
-        *_other_levels(study),
-    )
+        return join([_flow(study), tag("p", f"No finished run has metrics of the {study.split} split yet.")])
+    return join([_flow(study), _verdicts(study)])
 
 
 def _flow(study: Study) -> Safe:
-    def box(kind: str, title: str) -> Safe:
-        inputs = sorted(
-            {" + ".join(r.runs[0].modalities) for r, _ in study.roles if (r.kind == "teacher") == (kind == "teacher")}
-        )
-        return tag("div", tag("b", title), "; ".join(inputs) or "not among these runs") if inputs else Safe("")
-
-    teacher, student = box("teacher", "teacher sees"), box("student", "student needs")
-    arrow = [tag("div", "\N{RIGHTWARDS ARROW}", class_="arrow")] if teacher and student else []
-    return tag("div", *(part for part in (teacher, *arrow, student) if part), class_="flow")
+    boxes: list[Safe] = []
+    for title, is_teacher in (("teacher sees", True), ("student needs", False)):
+        roles = [role for role, _ in study.roles if (role.kind == "teacher") == is_teacher]
+        inputs = sorted({" + ".join(role.runs[0].modalities) for role in roles})
+        if roles:
+            boxes.append(tag("div", tag("b", title), "; ".join(inputs)))
+    if len(boxes) == 2:
+        boxes.insert(1, tag("div", Safe("&rarr;"), class_="arrow"))
+    return tag("div", *boxes, class_="flow")
 
 
 def _verdicts(study: Study) -> Safe:
-    metric, level = study.main_metric, study.level
-    items: list[Safe] = []
-    for role, _ in study.counted:
-        if role.kind != "distilled" or role.method == study.baseline:
-            continue
-        base = study.baseline_of(role)
-        if base is None:
-            want = study.baseline or "student alone"
-            items.append(
-                tag(
-                    "li", tag("b", role.title), f": no {want} run with the same data, labels and inputs to compare with"
-                )
-            )
-            continue
-        values, reference = role.values(metric, level), base.values(metric, level)
-        difference = paired(values, reference)
-        text = verdict(difference)
-        numbers = "" if difference is None else f"{metric} {difference_text(difference)} {study.unit}"
-        items.append(
-            tag(
-                "li", tag("b", role.title), f" against {base.title}: ", tag("span", text, class_="verdict"),
-                tag("small", f" {numbers}{_gap(study, difference, base)}", class_="soft"), class_=_class(text),
-            )
-        )  # fmt: skip
-    return tag("ul", *items, class_="verdicts") if items else Safe("")
+    shown = [role for role, _ in study.counted if role.kind == "distilled" and role.method != study.baseline]
+    return tag("ul", *(_verdict(study, role) for role in shown), class_="verdicts") if shown else Safe("")
 
 
-def _gap(study: Study, difference: Estimate | None, base: Role) -> str:
-    """How much of the way from the baseline to the teacher was gone, where there is a way."""
+def _verdict(study: Study, role: Role) -> Safe:
+    base = study.baseline_of(role)
+    if base is None:
+        want = study.baseline or "student alone"
+        return tag("li", tag("b", role.title), f": no {want} with the same data, labels and inputs to compare with")
+    difference = study.differences(role, study.level).get(study.main_metric)
+    text = verdict(difference)
+    said = tag("span", text, class_="verdict")
+    numbers = ""
+    if difference is not None:
+        t = "" if difference.t is None else f", t = {difference.t:.2f}"
+        numbers = (
+            f"{study.main_metric} {number(difference.mean, signed=True)} {_interval(difference, signed=True)}{t}, "
+            f"n = {difference.n} {study.unit}{_gap(study, difference, base) if text == 'gain' else ''}"
+        )
+    sentence = [tag("b", role.title), f" against {base.title}: ", said, tag("small", numbers)]
+    return tag("li", *sentence, class_=_class(text))
+
+
+def _gap(study: Study, difference: Estimate, base: Role) -> str:
+    """How much of the way from the baseline to the teacher was gone, where there is one teacher and a way."""
     teachers = [role for role, _ in study.counted if role.kind == "teacher" and role.setting[:2] == base.setting[:2]]
-    if difference is None or len(teachers) != 1:
+    if len(teachers) != 1:
         return ""
-    gap = paired(teachers[0].values(study.main_metric, study.level), base.values(study.main_metric, study.level))
+    metric, level = study.main_metric, study.level
+    gap = paired(teachers[0].values(metric, level), base.values(metric, level))
     if gap is None or gap.low is None or gap.low <= 0:
         return ""
     return f"; {100 * difference.mean / gap.mean:.0f} % of the gap to the teacher ({number(gap.mean, signed=True)})"
@@ -179,84 +91,95 @@ def _class(text: str) -> str:
 
 
 def role_table(study: Study, level: str) -> Safe:
+    """Mean and interval of every metric by role."""
     metrics = study.metrics(level)
     rows: list[list[str]] = []
     for role, style in study.counted:
         n = len(units_of({run.unit: 0.0 for run in role.counted}))
-        cells = [_with_interval(estimate(units_of(role.values(m, level))), n_of_role=n) for m in metrics]
-        rows.append([role_cell(role, style), *cells, _runs_text(role)])
+        cells = [_cell(estimate(units_of(role.values(metric, level))), n) for metric in metrics]
+        rows.append([role_cell(role, style, _repeats(role)), *cells])
     caption = f"{study.split} split, {level} level: mean and 95 % interval (Student t) over {study.unit}"
-    return table(["", *map(name_cell, metrics), "runs"], rows, caption=caption)
+    return table(["", *map(name_cell, metrics)], rows, caption=caption)
 
 
-def _runs_text(role: Role) -> str:
-    folds, seeds = {run.fold for run in role.counted}, {run.seed for run in role.counted}
-    return f"{len(role.counted)} ({len(folds)} fold{'s' * (len(folds) > 1)}, {len(seeds)} seed{'s' * (len(seeds) > 1)})"
+def _cell(value: Estimate | None, n_of_role: int) -> Safe:
+    if value is None:
+        return Safe("-")
+    fewer = "" if value.n == n_of_role else f", n = {value.n}"
+    return join([number(value.mean), tag("small", _interval(value) + fewer)], "")
 
 
-def _footnotes(study: Study) -> Safe:
+def _repeats(role: Role) -> str:
+    folds, seeds = len({run.fold for run in role.counted}), len({run.seed for run in role.counted})
+    return f"n = {_count(folds, 'fold')} x {_count(seeds, 'seed')}" if folds > 1 else f"n = {_count(seeds, 'seed')}"
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' * (n != 1)}"
+
+
+def difference_table(study: Study, level: str) -> Safe:
+    """Paired differences to the baseline with their evidence; the teacher as a reference without verdict."""
+    metrics = study.metrics(level)
+    rows: list[list[str]] = []
+    for role, style in study.counted:
+        base, found = study.baseline_of(role), study.differences(role, level)
+        if base is None:
+            continue
+        n = max((difference.n for difference in found.values()), default=0)
+        words = role.kind != "teacher"
+        cells = [_difference(found.get(metric), n, words=words) for metric in metrics]
+        rows.append([role_cell(role, style, f"minus {base.title}", f"n = {_count(n, study.unit[:-1])}"), *cells])
+    if not rows:
+        return Safe("")
+    caption = f"{level} level: paired by fold and seed; mean, 95 % interval (Student t), t, evidence"
+    return join([tag("h3", "Paired differences"), table(["", *map(name_cell, metrics)], rows, caption=caption)])
+
+
+def _difference(difference: Estimate | None, n_of_role: int, *, words: bool) -> Safe:
+    if difference is None:
+        return Safe("-")
+    t = "-" if difference.t is None else f"{difference.t:.2f}"
+    fewer = "" if difference.n == n_of_role else f", n = {difference.n}"
+    text = verdict(difference)
+    lines = [tag("small", _interval(difference, signed=True)), tag("small", f"t = {t}{fewer}")]
+    if words:
+        lines.append(tag("small", text, class_=f"evidence {_class(text)}"))
+    return join([number(difference.mean, signed=True), *lines], "")
+
+
+def footnotes(study: Study) -> Safe:
+    """What the intervals cover and what they do not."""
     if study.unit == "folds":
         text = (
-            "Seeds of one fold are averaged first, so n counts folds. Folds share training patients: the true uncertainty "
-            "is somewhat larger than these intervals."
+            "Seeds of one fold are averaged first, so n counts folds. Folds share training patients: the true "
+            "uncertainty is somewhat larger than these intervals."
         )
     else:
         text = (
-            "Seeds repeat the training on the same split: the intervals cover the chance of training, not the choice of "
-            "patients or samples."
+            "Seeds repeat the training on the same split: the intervals cover the chance of training, not the choice "
+            "of patients or samples."
         )
-    notes = sorted({note for run in study.runs if run.is_done and run.evaluation for note in run.evaluation.notes})
+    notes = sorted(
+        {note for role, _ in study.counted for r in role.counted if r.evaluation for note in r.evaluation.notes}
+    )
     listed = [tag("p", f"Notes of the evaluation: {'; '.join(notes)}.", class_="soft")] if notes else []
     return join([tag("p", text, class_="soft"), *listed])
 
 
-def _values(study: Study) -> Safe:
+def run_values(study: Study) -> Safe:
+    """Every run's own numbers, to be opened."""
     metrics = study.metrics(study.level)
     rows = [
         [
             run.name,
             role.title,
-            str(run.fold),
-            str(run.seed),
-            str(run.evaluation.n),
-            *(number(run.evaluation.metrics.get(m)) for m in metrics),
+            *(str(value) for value in (run.fold, run.seed, run.evaluation.n)),
+            *(number(run.evaluation.metrics.get(metric)) for metric in metrics),
         ]
         for role, _ in study.counted
         for run in role.counted
         if run.evaluation is not None
     ]
-    return details(
-        "Values of every fold and seed", table(["run", "role", "fold", "seed", "n", *map(name_cell, metrics)], rows)
-    )
-
-
-def _differences(study: Study) -> list[Safe]:
-    parts: list[Safe] = []
-    for role, style in study.counted:
-        base = study.baseline_of(role)
-        if base is None:
-            continue
-        rows: list[list[str]] = []
-        for metric in study.metrics(study.level):
-            difference = paired(role.values(metric, study.level), base.values(metric, study.level))
-            text = verdict(difference)
-            shown = "reference" if role.kind == "teacher" else tag("span", text, class_=_class(text))
-            t, n = (
-                ("-", "0")
-                if difference is None
-                else ("-" if difference.t is None else f"{difference.t:.2f}", str(difference.n))
-            )
-            rows.append([name_cell(metric), _with_interval(difference, signed=True), t, n, shown])
-        caption = join([swatch(style), f" {role.title} minus {base.title}, paired by fold and seed"], "")
-        parts.append(table(["metric", "difference", "t", "n", "evidence"], rows, caption=caption))
-    if not parts:
-        return []
-    return [tag("h3", "Paired differences"), tag("div", *parts, class_="panels wide")]
-
-
-def _other_levels(study: Study) -> list[Safe]:
-    names: dict[str, None] = {}
-    for run in study.runs:
-        names |= dict.fromkeys(run.evaluation.levels if run.evaluation else {})
-    others = [name for name in names if name != study.level]
-    return [details(f"The same at {name} level", role_table(study, name)) for name in others]
+    header = ["run", "role", "fold", "seed", "n", *map(name_cell, metrics)]
+    return details("Values of every fold and seed", table(header, rows))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 from distkd.errors import DataError
@@ -19,7 +19,10 @@ __all__ = ["Role", "assign_roles", "check_comparable", "find_baseline", "flatten
 Kind = Literal["teacher", "alone", "distilled"]
 
 # what may differ between repeats: place, fold and seed, and how the work is cut, which the world-size law makes equal
-_REPEATS = ("run.", "data.fold", "data.threads", "teacher.export", "batch.micro_batch")
+_REPEATS = {
+    "run.root", "run.name", "run.seed", "run.log_every", "run.checkpoint_every", "run.keep_last", "data.fold",
+    "data.threads", "teacher.export", "batch.micro_batch", "engine.device", "engine.timeout_s",
+}  # fmt: skip
 _TITLES = {"teacher": "teacher", "alone": "student alone"}
 _METHOD_TITLES = {"logit_kd": "logit KD"}
 
@@ -101,18 +104,23 @@ def _page_order(family: tuple[tuple[Kind, str], list[Run]]) -> tuple[int, bool, 
 
 def _serves_as_teacher(run: Run, runs: Sequence[Run]) -> bool:
     return run.method == "supervised" and any(
-        _is_inside(Path(str(other.get("teacher.export"))), run.folder)
+        _means(str(other.get("teacher.export")).format_map({"fold": other.fold, "seed": other.seed}), run.folder)
         for other in runs
         if other is not run and other.get("teacher.export") is not None
     )
 
 
-def _is_inside(export: Path, folder: Path) -> bool:
-    """Whether an export path, perhaps of another machine or working folder, points into this run folder."""
-    if export.resolve().is_relative_to(folder.resolve()):
-        return True
-    parts = [part for part in PurePath(export).parts if part not in ("export", "model.json", "student.safetensors")]
-    return bool(parts) and not export.exists() and parts[-1] == folder.resolve().name
+def _means(export: str, folder: Path) -> bool:
+    """Whether `teacher.export` (a run or export folder, or a run's bare name) means this run folder.
+
+    The path may be one of another machine or working folder: then its end decides.
+    """
+    path = Path(export)
+    if path.exists():
+        return path.resolve().is_relative_to(folder.resolve())
+    parts = [part for part in path.parts if part not in ("export", "model.json", "student.safetensors")]
+    tail = parts[-1:] if path.is_absolute() else parts
+    return bool(tail) and list(folder.resolve().parts[-len(tail) :]) == tail
 
 
 def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -126,7 +134,7 @@ def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in flatten(run.config).items() if not key.startswith(_REPEATS)}
+    return {key: value for key, value in flatten(run.config).items() if key not in _REPEATS}
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Run folders as values: what was configured, how it ended, what was logged and measured. Reads files, decides nothing."""
+"""Run folders as values: what was configured, logged and measured, and how it ended. Reads, decides nothing."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Evaluation:
     class_names: list[str]
     levels: dict[str, dict[str, Any]]
     notes: list[str]
+    selection: dict[str, Any]
+    """Which weights were measured."""
 
     def metrics_at(self, level: str) -> dict[str, float | None]:
         return self.metrics if level == self.level else self.levels.get(level, {}).get("metrics", {})
@@ -96,14 +98,12 @@ class Run:
 
     @cached_property
     def about_data(self) -> dict[str, Any]:
-        """Facts of the data set: the run's own record first, then its shards' manifest where it still exists."""
-        facts: dict[str, Any] = {}
-        shards = self.get("data.shards")
-        if shards is not None:
-            facts |= _manifest_facts(Path(shards) / "manifest.json")
-        for source in (_read_json(self.folder / "export" / "model.json", default={}), self.environment.get("data", {})):
-            facts |= {key: source[key] for key in _FACTS if isinstance(source, Mapping) and source.get(key) is not None}
-        return facts
+        """Facts of the data set, from the run's own record and from its shards' manifest where that still exists."""
+        card = _read_json(self.folder / "export" / "model.json", default={})
+        shards = card.get("shards") or self.get("data.shards")
+        manifest = {} if shards is None else _manifest_facts(Path(shards) / "manifest.json")
+        facts = manifest | card | (self.environment.get("data") or {})
+        return {key: facts[key] for key in _FACTS if facts.get(key) is not None}
 
 
 _FACTS = ("task", "class_names", "n_samples", "n_patients", "split_rule", "split_seed", "source", "licence", "excluded")
@@ -167,15 +167,17 @@ def _evaluation(path: Path) -> Evaluation | None:
             f"{path} lacks {', '.join(missing)}; write it again with `distkd eval {path.parent.parent} "
             f"--split {path.stem}`"
         )
+    level, levels = str(raw.get("level", "sample")), raw.get("levels") or {}
     return Evaluation(
         n=raw["n"],
-        level=str(raw.get("level", "sample")),
+        level=level,
         metrics=raw["metrics"],
         per_class=raw["per_class"],
         confusion=raw["confusion"],
         class_names=[str(name) for name in raw["class_names"]],
-        levels=raw.get("levels") or {},
-        notes=raw.get("notes") or [],
+        levels=levels,
+        notes=raw.get("notes") or levels.get(level, {}).get("notes") or [],
+        selection=raw.get("selection") or {},
     )
 
 
@@ -198,7 +200,5 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} cannot be read ({reason}); take it from a copy, or leave this run out") from error
     if not isinstance(value, dict):
-        raise DataError(
-            f"{path} holds a {type(value).__name__}, expected a mapping; this is not a run folder of distkd"
-        )
+        raise DataError(f"{path} holds a {type(value).__name__}, expected a mapping; it is not of a run of distkd")
     return value

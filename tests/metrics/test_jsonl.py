@@ -68,9 +68,7 @@ def test_truncation_drops_later_steps_and_what_was_torn(tmp_path):
 
 def test_a_line_torn_in_the_middle_of_the_file_is_an_error_with_its_number(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step":1}\n[2]\n{"step":3}\n')
-    with pytest.raises(
-        DataError, match=r"metrics\.jsonl line 2 is not a JSON object .* only the last line may be torn"
-    ):
+    with pytest.raises(DataError, match=r"jsonl line 2 is not a JSON object .* only the last line may be torn"):
         read_jsonl(tmp_path / "metrics.jsonl")
 
 

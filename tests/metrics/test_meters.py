@@ -12,7 +12,6 @@ from distkd.metrics import Meter, Stopwatch, meters
 def on_ranks(monkeypatch, per_rank, flags):
     """`reduce` as every rank would see it: each rank's packed vector is recorded, then each gets the sum."""
     sent = []
-    results = []
 
     def filled(rank: int) -> Meter:
         meter = Meter()
@@ -32,9 +31,7 @@ def on_ranks(monkeypatch, per_rank, flags):
             filled(world.rank).reduce(world, flags[world.rank])
     assert len({packed.shape for packed in sent}) == 1  # one collective of one shape, whatever the names
     monkeypatch.setattr(meters, "all_reduce_sum", lambda packed, world: torch.stack(sent).sum(dim=0))
-    for world in worlds:
-        results.append(filled(world.rank).reduce(world, flags[world.rank]))
-    return results
+    return [filled(world.rank).reduce(world, flags[world.rank]) for world in worlds]
 
 
 def test_one_process_gets_the_mean_over_its_steps_and_starts_afresh():
@@ -149,9 +146,14 @@ def test_a_phase_that_is_open_while_read_is_split_at_the_reading():
 def test_time_counts_when_the_phase_fails():
     clock = Clock()
     watch = Stopwatch(clock)
-    with pytest.raises(OSError, match="disk"), watch.phase("checkpoint"):
-        clock.now += 7.0
-        raise OSError("disk")
+
+    def work() -> None:
+        with watch.phase("checkpoint"):
+            clock.now += 7.0
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        work()
     assert watch.read() == {"checkpoint": 7.0}
 
 

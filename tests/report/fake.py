@@ -51,7 +51,7 @@ def fake_run(
         "model": {"modalities": list(modalities)},
         "method": {"name": method},
         "teacher": {"export": None if teacher is None else str(teacher / "export")},
-        "evaluate": {"select_by": "balanced_accuracy"},
+        "eval": {"select": "best", "metric": "balanced_accuracy"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     if state is not None:
@@ -75,16 +75,21 @@ def records(method: str, seed: int, steps: int) -> list[dict[str, Any]]:
     parts = {"supervised": ["task"], "logit_kd": ["task", "kl"]}.get(method, ["task", "kl_mean_teacher", "kl", "nce"])
     written: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
-        decay = 0.15 + np.exp(-step / (steps / 4)) + draws.normal(0, 0.02)
+        decay = 0.25 - 0.02 * len(parts) + np.exp(-step / (steps / 4)) + draws.normal(0, 0.02)
         record: dict[str, Any] = {"step": step, "epoch": step // 10, "samples": step * 32, "loss": decay * len(parts)}
         record["parts"] = {name: decay * (1 + 0.3 * i) for i, name in enumerate(parts)}
-        record |= {"gauges": {}, "lr": 1e-3 * (1 - step / steps), "grad_norm": 2 * decay, "timings": {"data": 0.01}}
+        record |= {
+            "gauges": {},
+            "lr": 1e-3 / len(parts) * (1 - step / steps),
+            "grad_norm": 2 * decay,
+            "timings": {"data": 0.01},
+        }
         if len(parts) > 2:
             record["gauges"] = {f"weight/{name}": 0.5 + 0.4 * np.sin(step / 9 + i) for i, name in enumerate(parts[1:])}
             record["gauges"] |= {f"cosine/{name}|task": np.cos(step / 12 + i) * 0.6 for i, name in enumerate(parts[1:])}
         written.append(record)
         if step % 10 == 0:
-            score = 0.9 - 0.5 * np.exp(-step / (steps / 4)) + draws.normal(0, 0.01)
+            score = 0.8 + 0.03 * len(parts) - 0.5 * np.exp(-step / (steps / 4)) + draws.normal(0, 0.01)
             written.append(
                 {
                     "step": step,

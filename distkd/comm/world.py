@@ -1,0 +1,134 @@
+"""Process group and collectives: the only place that talks to `torch.distributed`.
+
+Every function is the identity in a world of one and is then not counted. A failing collective names this rank and what
+it was waiting in.
+"""
+
+# Shapes: R rows of this rank, equal on all ranks
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distkd.base import World
+from distkd.errors import LostRankError
+
+__all__ = [
+    "all_gather_rows",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_object",
+    "counts",
+    "gather_objects",
+    "init",
+    "shutdown",
+]
+
+T = TypeVar("T")
+
+counts: Counter[str] = Counter()
+"""Collectives of this process by name, since it started."""
+
+
+def init(world: World, *, device: torch.device, timeout_s: float, store: Path | None = None) -> None:
+    """Meet the other ranks: NCCL on CUDA, gloo elsewhere; nothing to do in a world of one.
+
+    Args:
+        world: this rank and how many there are.
+        device: where the tensors of the collectives live.
+        timeout_s: how long a collective waits for a missing rank.
+        store: file to meet over; unset takes the address that the launcher put into the environment.
+
+    Raises:
+        LostRankError: not all ranks came.
+    """
+    if world.size == 1:
+        return
+    method = "env://" if store is None else f"file://{store}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+
+    def meet() -> None:
+        dist.init_process_group(
+            backend,
+            init_method=method,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+
+    _guard("init", world, meet)
+
+
+def shutdown() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _guard(name: str, world: World, call: Callable[[], T]) -> T:
+    counts[name] += 1
+    try:
+        return call()
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRankError(
+            f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} failed: {error}; another rank "
+            "died or stopped answering, start the run again to resume"
+        ) from error
+
+
+def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+    """Sum over ranks, in place; returns the tensor."""
+    if world.size > 1:
+        _guard("all_reduce_sum", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.SUM))
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor, world: World) -> Tensor:
+    """Largest over ranks, in place; returns the tensor."""
+    if world.size > 1:
+        _guard("all_reduce_max", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX))
+    return tensor
+
+
+def all_gather_rows(tensor: Tensor, world: World) -> Tensor:
+    """Rows of all ranks, (R x size, ...), in rank order; no gradient."""
+    if world.size == 1:
+        return tensor
+    rows = tensor.detach().contiguous()
+    gathered = rows.new_empty(rows.shape[0] * world.size, *rows.shape[1:])
+    _guard("all_gather_rows", world, lambda: dist.all_gather_single(gathered, rows))
+    return gathered
+
+
+def gather_objects(value: T, world: World) -> list[T]:
+    """Every rank's object on every rank, in rank order; pickled, so for reports and not for steps."""
+    if world.size == 1:
+        return [value]
+    found: list[Any] = [None] * world.size
+    _guard("gather_objects", world, lambda: dist.all_gather_object(found, value))
+    return found
+
+
+def broadcast_object(value: T, world: World) -> T:
+    """The main rank's object on every rank; pickled."""
+    if world.size == 1:
+        return value
+    box: list[Any] = [value if world.is_main else None]
+    _guard("broadcast_object", world, lambda: dist.broadcast_object_list(box, src=0))
+    return box[0]
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        _guard("barrier", world, lambda: dist.barrier())

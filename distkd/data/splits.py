@@ -1,0 +1,122 @@
+"""Who is trained on and who is tested: folds by patient, stratified by label, as a function of a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from distkd.base import UNLABELLED
+from distkd.data.manifest import SPLITS, Fold, Manifest, Split, check_patient_law
+from distkd.errors import DataError
+
+__all__ = ["check_classes", "check_patient_law", "hold_out", "label_of_patient", "patient_folds", "split_numbers"]
+
+
+def label_of_patient(patients: Sequence[str], labels: Sequence[int]) -> dict[str, int]:
+    """The most frequent known label of each patient's samples, the smaller one in a tie; -1 where none is known."""
+    counts: dict[str, Counter[int]] = {}
+    for patient, label in zip(patients, labels, strict=True):
+        count = counts.setdefault(patient, Counter())
+        if label != UNLABELLED:
+            count[label] += 1
+    return {
+        patient: min(count, key=lambda label: (-count[label], label)) if count else UNLABELLED
+        for patient, count in counts.items()
+    }
+
+
+def hold_out(stratum: Mapping[str, int], share: float, *, seed: Sequence[int] | int) -> tuple[list[str], list[str]]:
+    """Patients kept and held out, sorted; of each stratum `share`, rounded, but one at least and never all."""
+    if not 0 <= share < 1:
+        raise DataError(f"share to hold out is {share:g}, expected 0 <= share < 1")
+    generator = np.random.default_rng(seed)
+    kept: list[str] = []
+    held: list[str] = []
+    for members in _shuffled_strata(stratum, generator):
+        n_held = 0 if share == 0 else min(max(1, round(share * len(members))), len(members) - 1)
+        held += members[:n_held]
+        kept += members[n_held:]
+    return sorted(kept), sorted(held)
+
+
+def patient_folds(
+    patients: Sequence[str], labels: Sequence[int], *, n_folds: int, val_share: float, seed: int
+) -> list[Fold]:
+    """Cross-validation folds by patient, stratified by the patient's label.
+
+    Args:
+        patients: of each sample, as in the manifest.
+        labels: of each sample, -1 where unknown; patients without a label are only ever trained on.
+        n_folds: each labelled patient is tested in exactly one of them.
+        val_share: of the labelled patients that are not tested, 0 <= val_share < 1.
+        seed: the folds are a function of it, of the set of patients and of their labels, not of any order.
+
+    Raises:
+        DataError: a class has fewer patients than needed to be in every split of every fold.
+    """
+    label_of = label_of_patient(patients, labels)
+    stratum = {patient: label for patient, label in label_of.items() if label != UNLABELLED}
+    unlabelled = [patient for patient, label in label_of.items() if label == UNLABELLED]
+    needed = max(n_folds, 3 if val_share else 2)
+    for label, count in sorted(Counter(stratum.values()).items()):
+        if n_folds < 2 or count < needed:
+            raise DataError(
+                f"class {label} has {count} patients, {n_folds} folds with train, val and test need at least "
+                f"{max(needed, 2)} of each class and 2 folds; use fewer folds or merge classes"
+            )
+    tested: list[list[str]] = [[] for _ in range(n_folds)]
+    dealt = 0  # dealing goes on where the last class stopped, so that folds differ by one patient at most
+    for members in _shuffled_strata(stratum, np.random.default_rng(seed)):
+        for patient in members:
+            tested[dealt % n_folds].append(patient)
+            dealt += 1
+    folds: list[Fold] = []
+    for number, test in enumerate(tested):
+        rest = {patient: label for patient, label in stratum.items() if patient not in set(test)}
+        train, val = hold_out(rest, val_share, seed=(seed, number))
+        folds.append(Fold(train=sorted(train + unlabelled), val=val, test=sorted(test)))
+    return folds
+
+
+def split_numbers(manifest: Manifest, fold: int, split: Split) -> np.ndarray:
+    """Numbers of the samples in a split of a fold, ascending, int64.
+
+    Raises:
+        DataError: there is no such fold.
+    """
+    if not 0 <= fold < len(manifest.folds):
+        raise DataError(
+            f"data.fold={fold}, the shard set of task {manifest.task!r} has folds 0..{len(manifest.folds) - 1}"
+        )
+    chosen = set(manifest.folds[fold].patients(split))
+    return np.flatnonzero([patient in chosen for patient in manifest.samples.patient]).astype(np.int64)
+
+
+def check_classes(manifest: Manifest, fold: int) -> None:
+    """Every class is in the training split of a fold and in its other splits, where these are not empty.
+
+    Raises:
+        DataError: naming fold, split and classes.
+    """
+    labels = np.array(manifest.samples.label, dtype=np.int64)
+    for split in SPLITS:
+        numbers = split_numbers(manifest, fold, split)
+        if split != "train" and len(numbers) == 0:
+            continue
+        found = set(labels[numbers].tolist())
+        absent = [name for label, name in enumerate(manifest.class_names) if label not in found]
+        if absent:
+            raise DataError(
+                f"no sample of class {', '.join(map(repr, absent))} in split {split!r} of fold {fold} "
+                f"({len(numbers)} samples); use another fold, or build the shard set with fewer folds or merged classes"
+            )
+
+
+def _shuffled_strata(stratum: Mapping[str, int], generator: np.random.Generator) -> list[list[str]]:
+    strata: list[list[str]] = []
+    for label in sorted(set(stratum.values())):
+        members = sorted(patient for patient, value in stratum.items() if value == label)
+        strata.append([members[i] for i in generator.permutation(len(members))])
+    return strata

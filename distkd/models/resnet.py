@@ -1,0 +1,109 @@
+"""ResNet-18 (He et al. 2016) with the usual parameter names, so that ImageNet weights load; and the pathology network."""
+
+# Shapes: B samples, C channels, H x W pixels, F feature width
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distkd.errors import CheckpointError
+from distkd.models.norm import Norm, make_norm
+
+__all__ = ["ResNet18", "ResNetEncoder", "load_imagenet"]
+
+
+def _conv3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int, norm: Norm):
+        super().__init__()
+        self.conv1, self.bn1 = _conv3(before, after, stride), make_norm(norm, after, 2)
+        self.conv2, self.bn2 = _conv3(after, after), make_norm(norm, after, 2)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or before != after:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride=stride, bias=False), make_norm(norm, after, 2)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + shortcut)
+
+
+class ResNet18(nn.Module):
+    """(B, C, H, W) to (B, 512): the trunk and its average pool, no classifier."""
+
+    width = 512
+
+    def __init__(self, channels: int = 3, *, norm: Norm = "sync"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(norm, 64, 2)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1, norm), BasicBlock(64, 64, 1, norm))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2, norm), BasicBlock(128, 128, 1, norm))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2, norm), BasicBlock(256, 256, 1, norm))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2, norm), BasicBlock(512, 512, 1, norm))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3))
+
+
+class ResNetEncoder(nn.Module):
+    """The pathology network up to its feature: ResNet-18, linear, norm, ReLU. (B, C, H, W) to (B, F), non-negative."""
+
+    def __init__(self, channels: int, feature_dim: int, *, norm: Norm, weights: Path | None = None):
+        super().__init__()
+        self.trunk = ResNet18(channels, norm=norm)
+        self.head = nn.Sequential(nn.Linear(self.trunk.width, feature_dim), make_norm(norm, feature_dim, 1), nn.ReLU())
+        if weights is not None:
+            load_imagenet(self.trunk, weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x))
+
+
+def load_imagenet(trunk: ResNet18, path: Path) -> None:
+    """Start from a weights file with the usual names; its classifier is ignored, one input channel takes the sum of three.
+
+    Raises:
+        CheckpointError: the file is missing, is a pickle that could run code, or is of another network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"weights file {path} does not exist; leave `weights` out to start from random weights") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"weights file {path} does not hold plain tensors and is refused, since reading it could run code; save a state "
+            "dict as .safetensors"
+        ) from error
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    first = state.get("conv1.weight")
+    if first is not None and trunk.conv1.in_channels == 1 and first.shape[1] == 3:
+        state["conv1.weight"] = first.sum(dim=1, keepdim=True)
+    try:
+        trunk.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"weights file {path} is not of a ResNet-18 with this norm: {error}") from error
