@@ -20,13 +20,13 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 cd "$here/.."
 root=${1:-runs/demo}
-shards=$root/shards/uci_mfeat
+shards=$root/shards/uci_mfeat # where the configs look for it below their run root
 export OMP_NUM_THREADS=1
 
 [[ -f $shards/manifest.json ]] || "$python" shards/uci_mfeat.py --out "$shards"
 configs=()
 for name in teacher student_alone logit_kd dc_distill; do configs+=("configs/uci_mfeat/$name.yaml"); done
 launch/workstation.sh --nproc 2 "${configs[@]}" --seeds "${SEEDS:-0-4}" \
-    --run.root "$root" --data.shards "$shards" --engine.device cpu
+    --run.root "$root" --engine.device cpu
 "$python" -m distkd.cli report "$root"
 echo "open the report: $root/report/index.html"

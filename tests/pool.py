@@ -19,7 +19,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -220,9 +219,9 @@ def _answer(message: bytes, rank: int) -> bytes:
 def _call(job: _Job, rank: int) -> Any:
     import numpy as np
     import torch
-    import torch.distributed as dist
 
     from distkd.base import World
+    from distkd.comm import world as comm
 
     warnings.filters[:] = job.filters  # type: ignore[index]
     warnings.simplefilter("default", append=True)  # the public way to make the new list count
@@ -230,16 +229,10 @@ def _call(job: _Job, rank: int) -> Any:
     np.random.seed(0)  # noqa: NPY002  # for code that should not use it
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
-    if job.size == 1:
-        return job.function(World(), **job.kwargs)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{job.store}",
-        rank=rank,
-        world_size=job.size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
+    world = World(rank, job.size, rank)
+    comm.init(world, device=torch.device("cpu"), timeout_s=COLLECTIVE_TIMEOUT_S, store=Path(job.store))
+    comm.counts.clear()
     try:
-        return job.function(World(rank, job.size, rank), **job.kwargs)
+        return job.function(world, **job.kwargs)
     finally:
-        dist.destroy_process_group()
+        comm.shutdown()

@@ -190,7 +190,8 @@ class Preprocess:
         median_F, mean_F, std_F = self._vectors[name]
         if raw_BF.shape[1:] != mean_F.shape or raw_BF.dtype.kind not in "fiub":
             raise DataError(
-                f"{name!r} has {raw_BF.dtype} values of shape {raw_BF.shape[1:]}, expected numbers of shape {mean_F.shape}"
+                f"{name!r} has {raw_BF.dtype} values of shape {raw_BF.shape[1:]}, "
+                f"expected numbers of shape {mean_F.shape}"
             )
         values = raw_BF.astype(np.float64)
         if np.isinf(values).any():

@@ -91,5 +91,5 @@ def _classes(study: Study, families: Families) -> Safe:
     if not families["confusion"]:
         return Safe("")
     text = "Share of each label's items by predicted class, and their number, summed over folds and seeds."
-    matrices = _figures(families["confusion"], "square")
+    matrices = _figures(families["confusion"], "square" if len(study.class_names) <= 5 else "wide")
     return join([tag("p", text, class_="soft"), matrices, details("Per class", per_class_table(study))])

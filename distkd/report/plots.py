@@ -112,7 +112,8 @@ class Panel:
 
 def style_of(number: int, *, is_teacher: bool = False) -> Style:
     """Style `number` of the cycle; teachers are grey and dotted, as they are not in the competition."""
-    return Style(*(_TEACHER if is_teacher else _CYCLE[number % len(_CYCLE)]))
+    color, dash, marker = _TEACHER if is_teacher else _CYCLE[number % len(_CYCLE)]
+    return Style(color, ":" if number >= len(_CYCLE) else dash, marker)
 
 
 @contextmanager

@@ -164,7 +164,8 @@ def footnotes(study: Study) -> Safe:
         {note for role, _ in study.counted for r in role.counted if r.evaluation for note in r.evaluation.notes}
     )
     listed = [tag("p", f"Notes of the evaluation: {'; '.join(notes)}.", class_="soft")] if notes else []
-    return join([tag("p", text, class_="soft"), *listed])
+    chance = "Of intervals about nothing, one in twenty excludes zero by chance: read the headline metric first."
+    return join([tag("p", f"{text} {chance}", class_="soft"), *listed])
 
 
 def run_values(study: Study) -> Safe:

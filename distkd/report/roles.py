@@ -90,16 +90,18 @@ def assign_roles(runs: Sequence[Run]) -> tuple[list[Role], dict[Path, str]]:
         families.setdefault((kind, run.method), []).append(run)
     roles: list[Role] = []
     repeated: dict[Path, str] = {}
-    for (kind, method), members in sorted(families.items(), key=_page_order):
+    for (kind, method), members in families.items():
         for variant, group in _variants(members).items():
             kept = _without_repeats(group, repeated)
             roles.append(Role(kind, method, variant, tuple(kept)))
-    return roles, repeated
+    return sorted(roles, key=_page_order), repeated
 
 
-def _page_order(family: tuple[tuple[Kind, str], list[Run]]) -> tuple[int, bool, str]:
-    (kind, method), _ = family
-    return ("teacher", "alone", "distilled").index(kind), method != "logit_kd", method
+def _page_order(role: Role) -> tuple[Any, ...]:
+    """Teachers, then setting by setting, most labels first: the student alone, logit KD, the others."""
+    labelled = role.runs[0].get("data.labelled")
+    place = 0 if role.kind == "teacher" else 1 if labelled is None else 2
+    return place, -(labelled or 0), role.kind == "distilled", role.method != "logit_kd", role.method, role.variant
 
 
 def _serves_as_teacher(run: Run, runs: Sequence[Run]) -> bool:
@@ -129,7 +131,7 @@ def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
     found: dict[str, list[Run]] = {}
     for run, flat in zip(runs, flats, strict=True):
-        found.setdefault(", ".join(f"{key}={_short(flat.get(key))}" for key in differing), []).append(run)
+        found.setdefault(", ".join(_said(key, flat.get(key)) for key in differing), []).append(run)
     return found
 
 
@@ -137,10 +139,11 @@ def _identity(run: Run) -> dict[str, Any]:
     return {key: value for key, value in flatten(run.config).items() if key not in _REPEATS}
 
 
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _said(key: str, value: Any) -> str:
+    if key == "data.labelled":
+        return "all labels" if value is None else f"{value} labels"
+    shown = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return f"{key}={'none' if value is None else shown}"
 
 
 def _without_repeats(runs: Sequence[Run], repeated: dict[Path, str]) -> list[Run]:

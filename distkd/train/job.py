@@ -24,7 +24,7 @@ from distkd.models.norm import set_world
 from distkd.train.export import Export, load_export
 from distkd.train.settings import Settings
 
-__all__ = ["Job", "assemble", "device_of", "open_shards", "split_digest"]
+__all__ = ["Job", "assemble", "dataset_of", "device_of", "open_shards", "split_digest"]
 
 log = logging.getLogger(__name__)
 
@@ -123,16 +123,14 @@ def _check_teacher(teacher: Export, dataset: Dataset, shards: ShardSet) -> None:
         )
 
 
-def _check_modalities(names: list[str], shards: ShardSet, asked_by: str) -> None:
-    available = shards.manifest.modalities
-    for name in names:
-        reason = shards.manifest.excluded.get(name)
-        if reason is not None:
-            raise ConfigError(f"{asked_by} names {name!r}, which is excluded from inputs: {reason}")
-        if name not in available:
-            raise ConfigError(
-                f"{asked_by} names modality {name!r}, shard set {shards.folder} has {', '.join(sorted(available))}"
-            )
+def _dataset(settings: Settings, shards: ShardSet, modalities: list[str]) -> Dataset:
+    data = settings.data.model_copy(update={"views": max(settings.data.views, settings.method.views)})
+    return Dataset(shards, data, modalities, settings.run.seed)
+
+
+def dataset_of(settings: Settings, world: World, modalities: list[str]) -> Dataset:
+    """The data of a run without the rest of it."""
+    return _dataset(settings, open_shards(settings, world), modalities)
 
 
 def assemble(settings: Settings, world: World) -> Job:
@@ -148,13 +146,10 @@ def assemble(settings: Settings, world: World) -> Job:
     dtype = DTYPES[settings.engine.precision]
     teacher = _load_teacher(settings, settings.method.needs_teacher)
     shards = open_shards(settings, world)
-    _check_modalities(settings.model.modalities, shards, "model.modalities")
     modalities = list(settings.model.modalities)
     if teacher is not None:
-        _check_modalities(list(teacher.config.modalities), shards, f"teacher {teacher.folder}")
         modalities += [name for name in teacher.config.modalities if name not in modalities]
-    data = settings.data.model_copy(update={"views": max(settings.data.views, settings.method.views)})
-    dataset = Dataset(shards, data, modalities, settings.run.seed)
+    dataset = _dataset(settings, shards, modalities)
     if teacher is not None:
         _check_teacher(teacher, dataset, shards)
     plan = Plan(

@@ -309,7 +309,7 @@ def finish(run: Run) -> None:
             job.method.student.state_dict(),
             config=settings.model,
             dataset=job.dataset,
-            about={**about, **selection, "split_digest": split_digest(job.dataset), "shards": str(job.dataset.folder)},
+            about={**about, "selection": selection, "split_digest": split_digest(job.dataset), "shards": str(job.dataset.folder)},
         )
     for split in ("val", "test"):
         report = score(job, split)

@@ -1,0 +1,62 @@
+"""Shard sets that need no raw data: run a recipe of the repository's `shards/` folder by its name."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import distkd
+from distkd.data.manifest import closest
+from distkd.errors import ConfigError
+
+__all__ = ["available", "make_shards"]
+
+
+def available(folder: Path | None = None) -> list[str]:
+    """Names of the recipes; the registry is the folder."""
+    folder = _recipes() if folder is None else folder
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def make_shards(name: str, out: Path, *, folder: Path | None = None) -> None:
+    """Make the shard set `out` with a recipe that needs no `--raw`.
+
+    Args:
+        folder: of the recipes; the repository's own where it is None.
+
+    Raises:
+        ConfigError: no such recipe, it needs raw data, or the recipes are not there.
+        DataError: the recipe failed; nothing is left behind.
+    """
+    folder = _recipes() if folder is None else folder
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name not in available(folder):
+        raise ConfigError(f"data.make names no recipe: {name!r}{closest(name, available(folder))}")
+    path = folder / f"{name}.py"
+    recipe = _load(path)
+    if getattr(recipe, "NEEDS_RAW", True):
+        raise ConfigError(
+            f"recipe {name!r} needs raw data, so data.make cannot run it; run `python {path} --raw DIR --out DIR` "
+            "and name the result with data.shards"
+        )
+    recipe.make(None, out)
+
+
+def _recipes() -> Path:
+    folder = Path(distkd.__file__).resolve().parent.parent / "shards"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"data.make needs the recipes of the repository, which are not installed: no folder {str(folder)!r}; "
+            "work in a clone of the repository, or name an existing shard set with data.shards"
+        )
+    return folder
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"distkd_recipe_{path.stem}", path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
