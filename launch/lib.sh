@@ -15,7 +15,7 @@ fi
 # A batch system says USR1 or TERM: without this flag USR1 kills torchrun and leaves its ranks behind.
 signals=SIGTERM,SIGINT,SIGUSR1
 # shellcheck disable=SC2034  # for the scripts that source this one
-torchrun=("$python" -m torch.distributed.run --signals-to-handle="$signals")
+torchrun=(--signals-to-handle="$signals")
 
 fail() {
     printf '%s: %s\n' "$(basename "$0")" "$1" >&2
@@ -43,9 +43,10 @@ gpus() {
     fi
 }
 
-# show COMMAND...: print it as it could be typed
+# show NAME=VALUE ARGUMENTS...: the torchrun command with these arguments, as it could be typed
 show() {
-    "$python" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@"
+    "$python" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' \
+        "$1" "$python" -m torch.distributed.run "${@:2}"
 }
 
 # supervise COMMAND...: run it, pass signals on, wait for its end however often a signal interrupts; leaves $code
@@ -66,7 +67,7 @@ supervise() {
     done
 }
 
-# run_ranks RUN_ROOT COMMAND...: run torchrun and return the code that the ranks ended with
+# run_ranks RUN_ROOT ARGUMENTS...: run torchrun with these arguments and return the code that the ranks ended with
 run_ranks() {
     local run_root=${1:-runs} notes
     shift
@@ -74,6 +75,6 @@ run_ranks() {
     # shellcheck disable=SC2064  # the folder of now
     trap "rm -rf '$notes'" EXIT
     : >"$notes/started"
-    DISTKD_EXIT_CODES=$notes supervise "$@"
+    DISTKD_EXIT_CODES=$notes supervise "$python" "$here/agent.py" "$@"
     "$python" "$here/exit_code.py" --torchrun "$code" --run-root "$run_root" --notes "$notes"
 }

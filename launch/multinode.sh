@@ -12,7 +12,7 @@ Run it on every node, with the same arguments and NODE_RANK 0 .. N-1. The nodes 
 rendezvous). The run root must be on a file system that all nodes share. Whatever is not listed here goes to `distkd train`.
 
 options:
-  --print          print the torchrun command and stop
+  --print          print the torchrun command that this amounts to, and stop
   -h, --help       show this
 
 environment:

@@ -14,7 +14,7 @@ to `distkd train`. Start it again after a stop: it goes on from the last checkpo
 options:
   --nproc N         ranks (default: one per GPU; without a GPU 2, or 1 on a single core)
   --max-restarts N  start all ranks again when one is lost, at most N times (default 0)
-  --print           print the torchrun command and stop
+  --print           print the torchrun command that this amounts to, and stop
   -h, --help        show this
 
 environment:

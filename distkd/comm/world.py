@@ -4,6 +4,9 @@ Every function is the identity in a world of one and is then not counted. A fail
 it was waiting in.
 """
 
+# torch.distributed leaves the types of its tensors out
+# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false, reportUnknownArgumentType=false
+
 # Shapes: R rows of this rank, equal on all ranks
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distkd.base import World
-from distkd.errors import LostRankError
+from distkd.errors import ConfigError, LostRankError
 
 __all__ = [
     "all_gather_rows",
@@ -50,6 +53,7 @@ def init(world: World, *, device: torch.device, timeout_s: float, store: Path | 
 
     Raises:
         LostRankError: not all ranks came.
+        ConfigError: there is no address to meet at.
     """
     if world.size == 1:
         return
@@ -66,7 +70,12 @@ def init(world: World, *, device: torch.device, timeout_s: float, store: Path | 
             device_id=device if device.type == "cuda" else None,
         )
 
-    _guard("init", world, meet)
+    try:
+        _guard("init", world, meet)
+    except ValueError as error:
+        raise ConfigError(
+            f"rank {world.rank} of {world.size} cannot meet the others: {error}; start the ranks with torchrun or srun"
+        ) from error
 
 
 def shutdown() -> None:
@@ -81,8 +90,8 @@ def _guard(name: str, world: World, call: Callable[[], T]) -> T:
         return call()
     except (RuntimeError, dist.DistError) as error:
         raise LostRankError(
-            f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} failed: {error}; another rank "
-            "died or stopped answering, start the run again to resume"
+            f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} failed: {error}; another "
+            "rank died or stopped answering, start the run again to resume"
         ) from error
 
 
@@ -131,4 +140,4 @@ def broadcast_object(value: T, world: World) -> T:
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
-        _guard("barrier", world, lambda: dist.barrier())
+        _guard("barrier", world, dist.barrier)

@@ -30,6 +30,9 @@ Amount = Annotated[float, Field(ge=0, lt=1)]
 GREY = (0.299, 0.587, 0.114)
 """ITU-R BT.601 luma of red, green, blue."""
 
+_TO_YIQ = np.array([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
+
 _NORMAL_BITS = 16
 
 
@@ -131,9 +134,8 @@ def _turn(hue: float) -> np.ndarray:
     """Rotation of colours around the grey axis by a share of a full turn, keeping the luma (the YIQ form)."""
     if hue == 0:
         return np.eye(3)
-    to_yiq = np.array([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
     cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
-    return np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ to_yiq
+    return _FROM_YIQ @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _TO_YIQ
 
 
 def vary_vectors(vector_BF: np.ndarray, config: AugmentConfig, modality: str, key_B: Tensor) -> np.ndarray:

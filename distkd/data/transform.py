@@ -240,7 +240,8 @@ def _to_model(cut_HWC: np.ndarray, fitted: ImageInput, draw: ImageDraw) -> np.nd
             if matrix[channel, other]:
                 out += source_CHW[other] * np.float32(matrix[channel, other] * unit)
         out += np.float32(offset)
-        np.clip(out, 0, 1, out=out)
+        np.maximum(out, 0, out=out)
+        np.minimum(out, 1, out=out)
         _scale(out, 1 / fitted.std[channel], -fitted.mean[channel] / fitted.std[channel])
     return made
 

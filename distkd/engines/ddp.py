@@ -41,7 +41,7 @@ class DDPEngine:
         self.wrapped: nn.Module = trainable
         if self.world.size > 1:
             # no broadcast of buffers: batch statistics are already equal, and banks are not in this module
-            self.wrapped = DistributedDataParallel(trainable, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(trainable, forward_sync_buffers=False, gradient_as_bucket_view=True)
         return self._forward
 
     def _forward(self, batch: Batch) -> Outputs:

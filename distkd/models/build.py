@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from distkd.models.fusion import ConcatFusion, GatedBilinearFusion
 from distkd.models.mlp import MLP
 from distkd.models.norm import Norm
 from distkd.models.resnet import ResNetEncoder
-from distkd.models.snn import SNN
+from distkd.models.snn import SNN, max_init
 
 __all__ = ["Classifier", "EncoderConfig", "ModelConfig", "build", "parameter_table"]
 
@@ -47,7 +48,7 @@ class ModelConfig(StrictConfig):
 
     modalities: list[str] = Field(min_length=1)
     """What it sees, in order."""
-    encoders: dict[str, EncoderConfig] = {}
+    encoders: dict[str, EncoderConfig] = Field(default_factory=dict[str, EncoderConfig])
     """By modality, where the default does not fit."""
     fusion: Literal["auto", "gated_bilinear", "concat"] = "auto"
     """`auto`: gated bilinear for an image with a vector, else concatenation."""
@@ -68,6 +69,8 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(feature_dim, n_classes)
+        if isinstance(encoder, SNN):
+            max_init(self.classifier)  # in the source it is a part of the genomic network
 
     def forward(self, x: Tensor) -> Outputs:
         feature_BD = self.encoder(x)
@@ -81,18 +84,19 @@ class Classifier(nn.Module):
     counts as a feature of zeros in the fusion.
     """
 
-    role = "student"
+    role: str = "student"
     """Which network this is to the dropout draws: a student, its mean teacher and a teacher drop differently."""
 
-    def __init__(self, config: ModelConfig, specs: Mapping[str, InputSpec], n_classes: int):
+    def __init__(self, config: ModelConfig, specs: Mapping[str, InputSpec], n_classes: int, *, pretrained: bool = True):
         super().__init__()
         self.config = config
         self.n_classes = n_classes
         self.feature_dim = config.feature_dim
         self.modalities = list(config.modalities)
         self.specs = {name: specs[name] for name in self.modalities}
+        encoders = {name: _encoder(name, config, spec, pretrained) for name, spec in self.specs.items()}
         self.branches = nn.ModuleDict(
-            {name: Branch(_encoder(name, config, spec), config.feature_dim, n_classes) for name, spec in self.specs.items()}
+            {name: Branch(encoder, config.feature_dim, n_classes) for name, encoder in encoders.items()}
         )
         self.fusion: nn.Module | None = None
         if len(self.modalities) > 1:
@@ -123,9 +127,16 @@ class Classifier(nn.Module):
         return Outputs(fused_BD, self.fused_classifier(fused_BD), found)
 
     def _input(self, batch: Batch, name: str) -> Tensor:
-        x, expected = batch.inputs[name], self.specs[name].shape
+        x, expected = batch.inputs.get(name), self.specs[name].shape
+        if x is None:
+            raise ShapeError(
+                f"batch has no modality {name!r}, found {', '.join(sorted(batch.inputs))}; the model takes all of "
+                f"{self.modalities}, with zeros and `present` false where a sample lacks one"
+            )
         if x.dim() != 1 + len(expected) or x.shape[1] != expected[0]:
-            raise ShapeError(f"batch {name!r} has shape {tuple(x.shape)}, the model expects (B, {', '.join(map(str, expected))})")
+            raise ShapeError(
+                f"batch {name!r} has shape {tuple(x.shape)}, the model expects (B, {', '.join(map(str, expected))})"
+            )
         return x
 
     def _for_fusion(self, feature_BD: Tensor, present_B: Tensor) -> Tensor:
@@ -133,35 +144,68 @@ class Classifier(nn.Module):
         return feature_BD * present_B[:, None].to(feature_BD.dtype)
 
 
-def build(config: ModelConfig, specs: Mapping[str, InputSpec], n_classes: int, *, seed: int) -> Classifier:
-    """A model whose initial weights are a function of `seed` alone; the global generator is left as it was.
+def build(
+    config: ModelConfig, specs: Mapping[str, InputSpec], n_classes: int, *, seed: int, pretrained: bool = True
+) -> Classifier:
+    """A model whose initial weights are a function of `seed` alone; the global generators are left as they were.
+
+    Args:
+        config: the architecture.
+        specs: at least the modalities of the config.
+        n_classes: width of every head.
+        seed: of the initial weights, any int64.
+        pretrained: read the `weights` files of the config; false where all weights are loaded afterwards anyway.
 
     Raises:
         ConfigError: an encoder or fusion that does not fit its modalities.
+        CheckpointError: a `weights` file that is missing, damaged, or of another network.
     """
     _check(config, specs)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Classifier(config, specs, n_classes)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that one also seeds every CUDA device
+        return Classifier(config, specs, n_classes, pretrained=pretrained)
 
 
 def _check(config: ModelConfig, specs: Mapping[str, InputSpec]) -> None:
     if len(set(config.modalities)) < len(config.modalities):
         raise ConfigError(f"model.modalities names one twice: {config.modalities}")
+    for name in config.modalities:
+        if "." in name or hasattr(nn.ModuleDict, name):
+            raise ConfigError(
+                f"model.modalities names {name!r}, which cannot be the name of a module; rename the modality"
+            )
     for name in config.encoders:
         if name not in config.modalities:
-            raise ConfigError(f"model.encoders.{name}: no such modality in model.modalities {config.modalities}")
+            hint = _suggestion(name, config.modalities)
+            raise ConfigError(f"model.encoders.{name}: no such modality in model.modalities {config.modalities}{hint}")
     for name in config.modalities:
         if name not in specs:
-            raise ConfigError(f"model.modalities names {name!r}, the data has {', '.join(sorted(specs))}")
-        chosen, kind = _encoder_name(name, config, specs[name]), specs[name].kind
-        if (chosen in ("cnn", "resnet18")) != (kind == "image"):
-            fitting = "cnn or resnet18" if kind == "image" else "mlp or snn"
-            raise ConfigError(f"model.encoders.{name}: {chosen} does not take a modality of kind {kind}; use {fitting}")
+            hint = _suggestion(name, specs)
+            raise ConfigError(f"model.modalities names {name!r}, the data has {', '.join(sorted(specs))}{hint}")
+        _check_encoder(name, config, specs[name])
     if config.fusion == "gated_bilinear" and len(config.modalities) != 2:
         raise ConfigError(
-            f"model.fusion gated_bilinear takes two modalities, found {len(config.modalities)}: {config.modalities}; use concat"
+            f"model.fusion gated_bilinear takes two modalities, found {len(config.modalities)}: {config.modalities}; "
+            "use concat"
         )
+
+
+def _check_encoder(name: str, config: ModelConfig, spec: InputSpec) -> None:
+    chosen, kind = _encoder_name(name, config, spec), spec.kind
+    if (chosen in ("cnn", "resnet18")) != (kind == "image"):
+        fitting = "cnn or resnet18" if kind == "image" else "mlp or snn"
+        raise ConfigError(f"model.encoders.{name}: {chosen} does not take a modality of kind {kind}; use {fitting}")
+    section = config.encoders.get(name, EncoderConfig())
+    if section.weights is not None and chosen != "resnet18":
+        raise ConfigError(
+            f"model.encoders.{name}.weights: {chosen} has no pretrained weights; use resnet18 or leave it out"
+        )
+    if section.weights is not None and config.norm != "sync":
+        raise ConfigError(
+            f"model.encoders.{name}.weights were trained with batch norm; set model.norm=sync, not {config.norm}"
+        )
+    if section.widths is not None and chosen == "resnet18":
+        raise ConfigError(f"model.encoders.{name}.widths: those of resnet18 are fixed; leave it out or use cnn")
 
 
 def _encoder_name(name: str, config: ModelConfig, spec: InputSpec) -> str:
@@ -173,12 +217,18 @@ def _encoder_name(name: str, config: ModelConfig, spec: InputSpec) -> str:
     return "cnn" if min(spec.shape[1:]) < _SMALL_IMAGE else "resnet18"
 
 
-def _encoder(name: str, config: ModelConfig, spec: InputSpec) -> nn.Module:
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _encoder(name: str, config: ModelConfig, spec: InputSpec, pretrained: bool) -> nn.Module:
     section = config.encoders.get(name, EncoderConfig())
     chosen, n_inputs = _encoder_name(name, config, spec), spec.shape[0]
     if chosen == "resnet18":
-        return ResNetEncoder(n_inputs, config.feature_dim, norm=config.norm, weights=section.weights)
-    widths = section.widths or _WIDTHS[chosen]
+        weights = section.weights if pretrained else None
+        return ResNetEncoder(n_inputs, config.feature_dim, norm=config.norm, weights=weights)
+    widths = _WIDTHS[chosen] if section.widths is None else section.widths
     if chosen == "cnn":
         return CNN(n_inputs, widths, config.feature_dim, norm=config.norm)
     if chosen == "snn":
@@ -188,14 +238,21 @@ def _encoder(name: str, config: ModelConfig, spec: InputSpec) -> nn.Module:
 
 def _fusion(config: ModelConfig, specs: Mapping[str, InputSpec]) -> nn.Module:
     kinds = sorted(spec.kind for spec in specs.values())
-    chosen = config.fusion if config.fusion != "auto" else "gated_bilinear" if kinds == ["image", "vector"] else "concat"
+    fitting = "gated_bilinear" if kinds == ["image", "vector"] else "concat"
+    chosen = fitting if config.fusion == "auto" else config.fusion
     dim, n = config.feature_dim, len(specs)
     if chosen == "gated_bilinear":
         return GatedBilinearFusion(dim, dim, dim, norm=config.norm, dropout=config.dropout)
     return ConcatFusion([dim] * n, dim, norm=config.norm, dropout=config.dropout)
 
 
-def parameter_table(model: nn.Module) -> list[tuple[str, int]]:
-    """Trainable parameters by direct child, then in all."""
-    table = [(name, sum(p.numel() for p in child.parameters() if p.requires_grad)) for name, child in model.named_children()]
-    return [*table, ("all", sum(p.numel() for p in model.parameters() if p.requires_grad))]
+def parameter_table(model: Classifier) -> list[tuple[str, int]]:
+    """Trainable parameters of each modality's network, of the fusion with its head, and of all."""
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    table = [(name, count(branch)) for name, branch in model.branches.items()]
+    if model.fusion is not None:
+        table += [("fusion", count(model.fusion)), ("fused head", count(model.classifier))]
+    return [*table, ("all", count(model))]

@@ -1,4 +1,7 @@
-"""Dropout whose mask is a function of (sample, layer, role) and not of a generator, so that no rank or order matters."""
+"""Dropout whose mask is a function of (sample, layer, role), so that neither rank nor order matters.
+
+`build` gives the layers their salts; a `Classifier` opens the block of keys around its forward.
+"""
 
 # Shapes: B samples of this rank
 
@@ -12,7 +15,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from distkd.ops.draws import fold_in, text_key, uniform
+from distkd.errors import ShapeError
+from distkd.ops.draws import fold_in, text_key
 
 __all__ = ["KeyedAlphaDropout", "KeyedDropout", "dropout_keys", "salt_by_path"]
 
@@ -48,13 +52,21 @@ class KeyedDropout(nn.Module):
         key_B = _keys.get()
         if key_B is None:
             raise RuntimeError("dropout in train mode outside of `dropout_keys`: call the whole model, not its parts")
-        draw = uniform(fold_in(key_B, self.salt), math.prod(x.shape[1:]))
-        return (draw >= self.p).view(x.shape)
+        if key_B.shape[0] != x.shape[0]:
+            raise ShapeError(
+                f"dropout got {x.shape[0]} samples of shape {tuple(x.shape[1:])} and keys of {key_B.shape[0]}"
+            )
+        n = math.prod(x.shape[1:])
+        # one 64-bit draw decides two values: 5x faster than `uniform`, which matters for the 16641 of the fusion
+        pair = torch.arange((n + 1) // 2, device=x.device, dtype=torch.int64)
+        draw = fold_in(fold_in(key_B, self.salt).unsqueeze(1), pair).view(torch.int32)[:, :n]
+        threshold = min(round(self.p * 2**32), 2**32 - 1) - 2**31
+        return (draw >= threshold).view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * self.kept(x).to(x.dtype) / (1 - self.p)
+        return x * self.kept(x).to(x.dtype).mul_(1 / (1 - self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -70,7 +82,7 @@ class KeyedAlphaDropout(KeyedDropout):
             return x
         scale = 1 / math.sqrt((1 - self.p) * (1 + self.p * self.saturation**2))
         shift = -scale * self.saturation * self.p
-        return torch.where(self.kept(x), x, x.new_tensor(self.saturation)) * scale + shift
+        return torch.where(self.kept(x), x, self.saturation) * scale + shift
 
 
 def salt_by_path(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distkd.base import Batch, Outputs
 from distkd.models.build import Classifier
@@ -35,5 +35,7 @@ class MeanTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """average <- alpha average + (1 - alpha) student, after the optimizer step `step` (0-based). No collective."""
-        own, new = list(self.model.parameters()), [p.detach() for p in student.parameters()]
-        torch._foreach_lerp_(own, new, 1 - ema_alpha(step, self.decay))
+        own: list[Tensor] = list(self.model.parameters())
+        new: list[Tensor] = list(student.parameters())
+        # at a weight of 1 this is an exact copy
+        torch._foreach_lerp_(own, new, 1 - ema_alpha(step, self.decay))  # pyright: ignore[reportPrivateImportUsage]

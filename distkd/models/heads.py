@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Projector"]
+__all__ = ["Projector", "unit_rows"]
 
 
 class Projector(nn.Module):
@@ -18,5 +18,10 @@ class Projector(nn.Module):
         self.linear = nn.Linear(feature_dim, embedding_dim)
 
     def forward(self, feature_BF: Tensor) -> Tensor:
-        # the bound only meets rows of zeros; the source has none and would give NaN there
-        return F.normalize(self.linear(feature_BF), dim=1, eps=1e-12)
+        return unit_rows(self.linear(feature_BF))
+
+
+def unit_rows(x_BD: Tensor) -> Tensor:
+    """Rows divided by their L2 norm, without an epsilon; a row of zeros stays zero and its gradient stays finite."""
+    norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
+    return x_BD / torch.where(norm_B1 > 0, norm_B1, 1.0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from distkd.models.dropout import KeyedDropout
-from distkd.models.norm import Norm, make_norm
+from distkd.models.norm import Norm, linear_before_norm, make_norm
 
 __all__ = ["MLP"]
 
@@ -19,8 +20,13 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [n_inputs, *widths, feature_dim]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(before, after), make_norm(norm, after, 1), nn.ReLU(), KeyedDropout(dropout)]
+        for before, after in pairwise(sizes):
+            layers += [
+                linear_before_norm(norm, before, after),
+                make_norm(norm, after, 1),
+                nn.ReLU(),
+                KeyedDropout(dropout),
+            ]
         self.layers = nn.Sequential(*layers[:-1])  # the feature itself is not dropped
 
     def forward(self, x: Tensor) -> Tensor:

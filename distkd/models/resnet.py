@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al. 2016) with the usual parameter names, so that ImageNet weights load; and the pathology network."""
+"""ResNet-18 (He et al. 2016) with the usual parameter names, so that ImageNet weights load; the pathology network."""
 
 # Shapes: B samples, C channels, H x W pixels, F feature width
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distkd.errors import CheckpointError
-from distkd.models.norm import Norm, make_norm
+from distkd.models.norm import Norm, linear_before_norm, make_norm
 
 __all__ = ["ResNet18", "ResNetEncoder", "load_imagenet"]
 
@@ -73,7 +74,9 @@ class ResNetEncoder(nn.Module):
     def __init__(self, channels: int, feature_dim: int, *, norm: Norm, weights: Path | None = None):
         super().__init__()
         self.trunk = ResNet18(channels, norm=norm)
-        self.head = nn.Sequential(nn.Linear(self.trunk.width, feature_dim), make_norm(norm, feature_dim, 1), nn.ReLU())
+        self.head = nn.Sequential(
+            linear_before_norm(norm, self.trunk.width, feature_dim), make_norm(norm, feature_dim, 1), nn.ReLU()
+        )
         if weights is not None:
             load_imagenet(self.trunk, weights)
 
@@ -82,28 +85,46 @@ class ResNetEncoder(nn.Module):
 
 
 def load_imagenet(trunk: ResNet18, path: Path) -> None:
-    """Start from a weights file with the usual names; its classifier is ignored, one input channel takes the sum of three.
+    """Start from a weights file with the usual names; its classifier is ignored.
+
+    A trunk of one input channel takes the sum of the file's three.
 
     Raises:
         CheckpointError: the file is missing, is a pickle that could run code, or is of another network.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"weights file {path} does not exist; leave `weights` out to start from random weights") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"weights file {path} does not hold plain tensors and is refused, since reading it could run code; save a state "
-            "dict as .safetensors"
-        ) from error
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    state = {name: tensor for name, tensor in _read(path).items() if not name.startswith("fc.")}
     first = state.get("conv1.weight")
-    if first is not None and trunk.conv1.in_channels == 1 and first.shape[1] == 3:
-        state["conv1.weight"] = first.sum(dim=1, keepdim=True)
+    if first is not None and first.dim() == 4 and trunk.conv1.in_channels == 1 and first.shape[1] == 3:
+        state["conv1.weight"] = first.sum(dim=1, keepdim=True)  # grey in all three channels gives the same values
     try:
         trunk.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"weights file {path} is not of a ResNet-18 with this norm: {error}") from error
+        raise CheckpointError(
+            f"weights file {path} is not of a ResNet-18 with {trunk.conv1.in_channels} input channels and batch norm: "
+            f"{error}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"weights file {path} does not exist; leave `weights` out to start from random weights"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"weights file {path} is a pickle that holds more than tensors and is refused, since reading it could run "
+            "code; save a state dict as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"weights file {path} cannot be read, it may be cut short: {error}; fetch it again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(
+            f"weights file {path} does not hold a state dict of names and tensors, but a {type(state).__name__}"
+        )
+    return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class SNN(nn.Module):
         super().__init__()
         sizes = [n_inputs, *widths, feature_dim]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ELU(), KeyedAlphaDropout(dropout)]
         self.layers = nn.Sequential(*layers)
         max_init(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from distkd.report.html import Safe, details, join, tag
-from distkd.report.plots import Panel, to_svg
+from distkd.report.plots import Panel, share_glyphs, to_svg
 from distkd.report.provenance import excluded_notice, per_class_table, provenance
 from distkd.report.results import difference_table, footnotes, headline, role_table, run_values
 from distkd.report.study import Study
@@ -32,7 +32,7 @@ def render_page(study: Study, families: Families) -> str:
     links = [tag("a", heading, href=f"#{name}") for name, (heading, _) in known.items()]
     head = tag("header", tag("h1", title), tag("p", ", ".join(counts)), tag("nav", *links))
     body = [tag("section", tag("h2", heading), content, id=name) for name, (heading, content) in known.items()]
-    return (
+    return share_glyphs(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"{tag('title', f'{title} - distkd report')}\n<style>{CSS}</style>\n</head>\n"

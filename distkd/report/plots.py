@@ -13,21 +13,23 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-__all__ = ["GRID", "INK", "ON_DARK", "Panel", "Style", "panels_to_png", "style_of", "themed", "to_svg"]
+__all__ = ["GRID", "INK", "ON_DARK", "Panel", "Style", "panels_to_png", "share_glyphs", "style_of", "themed", "to_svg"]
 
 INK = "#16181d"
 """Text and lines; in the page it is replaced by the colour of the text, light or dark."""
 GRID = "#d5d8de"
 
+Dash = Literal["-", "--", "-.", ":"]
+
 # Okabe and Ito's colours, told apart by all forms of colour vision; dashes and markers repeat the difference
-_CYCLE = (
+_CYCLE: tuple[tuple[str, Dash, str], ...] = (
     ("#d55e00", "-", "s"),
     ("#0072b2", "--", "^"),
     ("#009e73", "-", "D"),
@@ -35,7 +37,7 @@ _CYCLE = (
     ("#e69f00", "--", "P"),
     ("#56b4e9", "-", "X"),
 )
-_TEACHER = ("#7b8089", ":", "o")
+_TEACHER: tuple[str, Dash, str] = ("#7b8089", ":", "o")
 
 ON_DARK = {
     "#d55e00": "#ff8b42",
@@ -56,7 +58,7 @@ def themed(color: str) -> str:
 
 _THEMED = {INK: "var(--ink)", GRID: "var(--grid)"} | {color: themed(color) for color in ON_DARK}
 
-_RC: dict[str, Any] = {
+_RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": INK,
@@ -95,7 +97,7 @@ _RC: dict[str, Any] = {
 @dataclass(frozen=True, slots=True)
 class Style:
     color: str
-    dash: str
+    dash: Dash
     marker: str
 
 
@@ -141,6 +143,18 @@ def to_svg(panel: Panel) -> str:
     svg = re.sub(r'<g id="[a-zA-Z]+\w*?_\d+">', "<g>", svg)
     label = panel.title.replace("&", "and").replace('"', "'").replace("<", "(").replace(">", ")")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def share_glyphs(page: str) -> str:
+    """The page with the shapes of letters, which every drawing brings along, moved into one invisible drawing."""
+    shapes = dict(re.findall(r'<path id="(DejaVuSans[^"]*)"([^>]*)/>', page))
+    if not shapes:
+        return page
+    rest = re.sub(r'<path id="DejaVuSans[^"]*"[^>]*/>\s*', "", page)
+    paths = "".join(f'<path id="{name}"{shape}/>' for name, shape in sorted(shapes.items()))
+    # no size instead of display:none, inside of which some browsers ignore shapes
+    store = f'<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>{paths}</defs></svg>'
+    return rest.replace("<main>", f"{store}\n<main>", 1)
 
 
 def panels_to_png(panels: Sequence[Panel], legend: Sequence[tuple[str, Style]], columns: int = 3) -> bytes:

@@ -187,10 +187,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """
     _same("task", {run.folder: run.about_data.get("task") for run in runs})
     measured = {run.folder: run.evaluation for run in runs if run.evaluation is not None}
-    names = {folder: evaluation.class_names for folder, evaluation in measured.items()}
-    for run in runs:
-        names.setdefault(run.folder, run.about_data.get("class_names"))
-    _same("class names", names)
+    known = {run.folder: run.about_data.get("class_names") for run in runs}
+    _same("class names", known | {folder: evaluation.class_names for folder, evaluation in measured.items()})
     _same("evaluation level", {folder: evaluation.level for folder, evaluation in measured.items()})
 
 

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# `end=CODE` ends every rank with that code, `wait` until a signal asks for a stop, `raise` with a SystemExit
+# `end=CODE` ends every rank with that code, `raise=CODE` with a SystemExit, `die` by
+# SIGKILL, `wait` until a signal asks for a stop
 _STAND_IN = """
 import os, signal, sys
 
@@ -24,6 +25,8 @@ def main(argv):
     words = dict(word.partition("=")[::2] for word in argv)
     if "raise" in words:
         raise SystemExit(int(words["raise"]))
+    if "die" in words:
+        os.kill(os.getpid(), signal.SIGKILL)
     if "wait" in words:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
         os.write(1, b"ready\\n")  # in one piece: the ranks share the pipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import signal
@@ -148,7 +149,21 @@ def test_a_teacher_that_fails_leaves_the_student_alone(launch):
 def test_a_users_error_is_code_2_and_is_not_tried_again(launch):
     done = launch.run("workstation.sh", "--nproc", "2", "--max-restarts", "2", "a.yaml", "end=2")
     assert done.returncode == 2
-    assert launch.calls() == ["0 train a.yaml end=2", "1 train a.yaml end=2"]
+    calls = launch.calls()  # torchrun may stop a rank before it has begun, because the other one has ended
+    assert calls
+    assert len(set(calls)) == len(calls)
+
+
+def test_what_a_rank_says_of_a_users_error_is_not_buried(launch):
+    done = launch.run("workstation.sh", "--nproc", "1", "a.yaml", "end=2")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_rank_that_dies_without_a_word_is_named(launch):
+    done = launch.run("workstation.sh", "--nproc", "1", "a.yaml", "die")
+    assert done.returncode == 1
+    assert re.search(r"^rank 0 \(pid \d+\) was killed by SIGKILL; start again to resume$", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)

@@ -11,7 +11,7 @@ import yaml
 
 from distkd.metrics import classification_metrics
 
-__all__ = ["evaluation", "fake_run", "fake_study"]
+__all__ = ["edit_config", "evaluation", "fake_run", "fake_study"]
 
 CLASSES = ["II", "III", "IV"]
 
@@ -42,12 +42,14 @@ def fake_run(
     teacher: Path | None = None,
     labelled: int | None = None,
     steps: int = 40,
+    task: str = "glioma grading",
+    shards: Path = Path("shards/glioma"),
 ) -> Path:
     """Writes the files that a run of these settings leaves; `test=None`: not evaluated."""
     folder.mkdir(parents=True)
     config = {
         "run": {"name": folder.name, "seed": seed, "root": str(folder.parent)},
-        "data": {"shards": "shards/glioma", "fold": fold, "labelled": labelled},
+        "data": {"shards": str(shards), "fold": fold, "labelled": labelled},
         "model": {"modalities": list(modalities)},
         "method": {"name": method},
         "teacher": {"export": None if teacher is None else str(teacher / "export")},
@@ -59,7 +61,7 @@ def fake_run(
         (folder / "outcome.json").write_text(json.dumps(outcome))
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "world_size": 2}))
     (folder / "export").mkdir()
-    model = {"task": "glioma grading", "class_names": CLASSES if test is None else test["class_names"]}
+    model = {"task": task, "class_names": CLASSES if test is None else test["class_names"]}
     (folder / "export" / "model.json").write_text(json.dumps(model))
     if test is not None:
         (folder / "eval").mkdir()
@@ -130,3 +132,10 @@ def fake_study(root: Path, *, seeds: int = 3, folds: int = 1) -> Path:
                 **common,
             )
     return root
+
+
+def edit_config(folder: Path, section: str, key: str, value: Any) -> None:
+    """Sets one value in a run's config."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config[section][key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))

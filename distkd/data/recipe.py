@@ -1,0 +1,152 @@
+"""What the scripts of `shards/` share: arguments, progress, the report of what was skipped, the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from distkd.data.manifest import SPLITS, Manifest
+from distkd.errors import DataError, DistkdError
+
+__all__ = ["Made", "Skipped", "arguments", "number", "raw_file", "read_table", "run", "track"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class Skipped:
+    """What a recipe left out, by reason."""
+
+    by_reason: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+
+    def add(self, reason: str, name: str) -> None:
+        self.by_reason.setdefault(reason, []).append(name)
+
+    def lines(self) -> list[str]:
+        """One line per reason: how many, why, and the first few names."""
+        return [
+            f"skipped {len(names)}: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for reason, names in self.by_reason.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished shard set."""
+
+    manifest: Manifest
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def arguments(description: str | None, *, raw: str | None) -> argparse.ArgumentParser:
+    """The options that every recipe has.
+
+    Args:
+        raw: what the raw folder must hold, for the help; None where the recipe needs none.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if raw is not None:
+        parser.add_argument("--raw", type=Path, required=True, metavar="DIR", help=raw)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest.json"
+    )
+    parser.add_argument("--format", choices=["wds"], default="wds", help="container of the samples: WebDataset tars")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and all that is drawn (default 0)")
+    return parser
+
+
+def run(make: Callable[[argparse.Namespace], Made], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse, make, report; the exit code: 0 done, 2 bad arguments or raw data, 1 stopped by Ctrl-C."""
+    options = parser.parse_args(argv)
+    try:
+        made = make(options)
+    except DistkdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; {str(options.out)!r} was not written", file=sys.stderr)
+        return 1
+    manifest = made.manifest
+    for line in made.skipped.lines():
+        print(line)
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    print(
+        f"{manifest.n_samples} samples of {manifest.n_patients} patients, {size:.1f} MB in {len(manifest.shards)} shards"
+    )
+    first = ", ".join(f"{split} {len(manifest.folds[0].patients(split))}" for split in SPLITS)
+    print(f"{len(manifest.folds)} folds ({manifest.split_rule}); patients of fold 0: {first}")
+    print(f"wrote {options.out}; look at it with `distkd shards info {options.out}`")
+    return 0
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """The items, with a progress bar where standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    console = Console(stderr=True)
+    return rich_track(items, label, total=total, console=console, disable=not console.is_terminal, transient=True)
+
+
+def raw_file(raw: Path, name: str, content: str) -> Path:
+    """A file that must be there.
+
+    Raises:
+        DataError: it is not; `content` says what the folder should be.
+    """
+    path = raw / name
+    if not path.is_file():
+        what = "has no file" if raw.is_dir() else "is no folder, looked for"
+        raise DataError(f"raw data {str(raw)!r} {what} {name!r}; name with --raw the folder of {content}")
+    return path
+
+
+def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file, gzipped or not.
+
+    Raises:
+        DataError: unreadable, a column is missing, or a row has another number of cells than the header.
+    """
+    try:
+        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, list[str]())
+            absent = sorted(set(columns) - set(header))
+            if absent:
+                raise DataError(f"{str(path)!r} has no column {', '.join(absent)}; it has {', '.join(header[:8])}, ...")
+            rows: list[dict[str, str]] = []
+            for cells in reader:
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{str(path)!r} line {reader.line_num} has {len(cells)} cells, the header has {len(header)}; "
+                        "the file is damaged or cut off: copy it again"
+                    )
+                rows.append(dict(zip(header, cells, strict=True)))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:  # a cut gzip stream is an EOFError
+        raise DataError(f"cannot read {str(path)!r}: {error or type(error).__name__}; copy it again") from error
+    if not rows:
+        raise DataError(f"{str(path)!r} has no rows; copy it again")
+    return rows
+
+
+def number(text: str, where: str) -> float:
+    """A cell as a number; blank is NaN, a missing value.
+
+    Raises:
+        DataError: it is no finite number.
+    """
+    if not text.strip():
+        return float("nan")
+    try:
+        value = float(text)
+    except ValueError:
+        raise DataError(f"{where} is {text!r}, expected a number or a blank; mend the raw file") from None
+    if value in (float("inf"), float("-inf")):
+        raise DataError(f"{where} is infinite; mend the raw file, or leave it blank if it is missing")
+    return value
