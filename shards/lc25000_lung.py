@@ -58,7 +58,7 @@ def make(raw: Path | None, out: Path, *, coarse: tuple[int, ...] = COARSE, seed:
         for row in track(sorted(rows, key=lambda row: row["file"]), "tiles"):
             if row["class_name"] not in CLASS_NAMES or row["label"] != str(CLASS_NAMES.index(row["class_name"])):
                 raise DataError(
-                    f"{row['file']!r} has class {row['class_name']!r} and label {row['label']!r} in labels.csv, expected "
+                    f"{row['file']!r} has class {row['class_name']!r}, label {row['label']!r} in labels.csv, expected "
                     f"{', '.join(f'{name} {label}' for label, name in enumerate(CLASS_NAMES))}; mend labels.csv"
                 )
             grey = _grey(raw_file(raw, row["file"], FOLDER))
@@ -74,7 +74,7 @@ def make(raw: Path | None, out: Path, *, coarse: tuple[int, ...] = COARSE, seed:
             )
         writer.split(
             patient_folds(writer.patients, writer.labels, n_folds=N_FOLDS, val_share=VAL_SHARE, seed=seed),
-            rule=f"{N_FOLDS} folds by original tile, stratified by class; {VAL_SHARE:g} of the rest is the validation part",
+            rule=f"{N_FOLDS} folds by original tile, stratified by class; {VAL_SHARE:g} of the rest for validation",
             seed=seed,
         )
     assert writer.manifest is not None

@@ -5,6 +5,8 @@
   histology   15 outputs of networks that never saw the patient (a weak student input, but a real one)
 The folds are the 15 published train/test splits; a part of each training list is held out for validation. Patients
 without omics stay, their omics recorded as missing; patients without a grade are trained on without a label.
+Beware: three quarters of the grade IV patients have no omics and nearly all others have them, so a model that sees
+both kinds can read the grade off the gap; --paired-only leaves that way out.
 Terms of the data: TCGA open access, ODbL 1.0 (cBioPortal), GPL-3.0 and non-commercial for the network outputs.
 """
 
@@ -38,7 +40,7 @@ EXCLUDED = {
     "is_female": "a clinical fact that neither the slide nor the omics hold",
     "n_roi": "how many regions a study cut says nothing that the clinic would know",
     "n_test_folds": "a property of the published splits",
-    "has_omics": "a property of the collection",
+    "has_omics": "a property of the collection that tells the grade: most without omics are IV",
     "has_histology": "a property of the collection",
     "has_lgg_mri": "a property of the collection, and there are grades II and III only in it",
     "in_pathomicfusion": "a property of the collection",

@@ -65,7 +65,8 @@ def make(raw: Path | None, out: Path, *, seed: int = 0) -> Made:
 def _read(raw: Path) -> dict[str, np.ndarray]:
     path = raw_file(raw, "mfeat.npz", "the UCI multiple features (mfeat.npz)")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here: np.load leaves the file of a damaged archive open
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             columns = {name: file[name] for name in [*VIEWS, "y", "row"]}
     except KeyError as error:
         raise DataError(f"{str(path)!r} lacks an array: {error.args[0]}; copy it again") from error

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from distkd.base import World
+from distkd.data.make import make_shards
+from distkd.train.loop import train
+from tests.laws.common import law_config, settings_of
 from tests.pool import JOB_TIMEOUT_S, SIZES, Pool, Ranks
+
+# hypothesis asserts times by default; shared machines do not keep them
+settings.register_profile("distkd", deadline=None)
+settings.load_profile("distkd")
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +36,20 @@ def ranks(rank_pool: Pool) -> Callable[..., Ranks]:
         return Ranks(rank_pool, size, timeout_s)
 
     return of_size
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default synthetic set: an image and a vector per sample, several regions a patient."""
+    folder = tmp_path_factory.mktemp("laws") / "shards"
+    make_shards("synthetic", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def root(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run root that holds a trained multi-modal teacher named `teacher`."""
+    root = tmp_path_factory.mktemp("runs")
+    config = law_config("supervised", shards, root, run={"name": "teacher", "epochs": 1})
+    train(settings_of(config), World())
+    return root

@@ -54,6 +54,8 @@ class _Failure:
     error: BaseException | None
     """The exception itself where it survives pickling."""
     text: str
+    at: float
+    """When it was raised, on the clock that all processes share."""
 
 
 @dataclass(slots=True)
@@ -87,7 +89,9 @@ class Pool:
             raise
         failures = [answer for answer in answers if isinstance(answer, _Failure)]
         if failures:
-            first = failures[0]  # every rank has answered and left its group: the workers stay usable
+            # every rank has answered and left its group, so the workers stay usable; of two that raised, the one
+            # whose neighbour had gone may be heard first
+            first = min(failures, key=lambda failure: failure.at)
             cause = PoolError(f"rank {first.rank} of {size} raised\n{first.text}")
             raise cause if first.error is None else first.error from cause
         return _sorted_by_rank(answers)
@@ -203,20 +207,22 @@ def _serve(pipe: Connection, rank: int, log: str) -> None:
 
 
 def _answer(message: bytes, rank: int) -> bytes:
+    raised_at: list[float] = []
     try:
         job = cast(_Job, pickle.loads(message))
-        return pickle.dumps((rank, _call(job, rank)))
+        return pickle.dumps((rank, _call(job, rank, raised_at)))
     except (Exception, SystemExit) as error:
         text = traceback.format_exc()
+        at = raised_at[0] if raised_at else time.monotonic()
         try:
-            packed = pickle.dumps(_Failure(rank, error, text))
+            packed = pickle.dumps(_Failure(rank, error, text, at))
             pickle.loads(packed)  # an exception with its own __init__ may pickle and not come back
         except Exception:
-            packed = pickle.dumps(_Failure(rank, None, text))
+            packed = pickle.dumps(_Failure(rank, None, text, at))
         return packed
 
 
-def _call(job: _Job, rank: int) -> Any:
+def _call(job: _Job, rank: int, raised_at: list[float]) -> Any:
     import numpy as np
     import torch
 
@@ -231,8 +237,12 @@ def _call(job: _Job, rank: int) -> Any:
     torch.set_default_dtype(torch.float32)
     world = World(rank, job.size, rank)
     comm.init(world, device=torch.device("cpu"), timeout_s=COLLECTIVE_TIMEOUT_S, store=Path(job.store))
+    comm.barrier(world)  # a rank that has no collective could leave while others are still connecting
     comm.counts.clear()
     try:
         return job.function(world, **job.kwargs)
+    except BaseException:
+        raised_at.append(time.monotonic())  # before the group goes: the others notice that and raise too
+        raise
     finally:
         comm.shutdown()

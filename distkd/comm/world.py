@@ -112,7 +112,7 @@ def all_reduce_max(tensor: Tensor, world: World) -> Tensor:
 def all_gather_rows(tensor: Tensor, world: World) -> Tensor:
     """Rows of all ranks, (R x size, ...), in rank order; no gradient."""
     if world.size == 1:
-        return tensor
+        return tensor.detach()
     rows = tensor.detach().contiguous()
     gathered = rows.new_empty(rows.shape[0] * world.size, *rows.shape[1:])
     _guard("all_gather_rows", world, lambda: dist.all_gather_single(gathered, rows))

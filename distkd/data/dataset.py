@@ -164,7 +164,7 @@ class Dataset:
         Raises:
             DataError: a sample cannot be read.
         """
-        sample_B = np.asarray(samples, dtype=np.int64)
+        sample_B = np.array(samples, dtype=np.int64)  # a copy: the batch shares its memory
         key_B = fold_in(torch.tensor(integer_key(self.seed, epoch)), torch.as_tensor(sample_B))
         row_B = self._row_S[sample_B]
         label_B = self._label_S[sample_B]

@@ -123,7 +123,7 @@ class Manifest(Description):
     format_version: Literal[1] = 1
     shards: list[Shard]
     samples: Samples
-    folds: list[Fold]
+    folds: Annotated[list[Fold], Field(min_length=1)]
     split_rule: str
     split_seed: int | None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distkd.data.manifest import SPLITS, Manifest
+from distkd.data.show import missing_notes
 from distkd.errors import DataError, DistkdError
 
 __all__ = ["Made", "Skipped", "arguments", "number", "raw_file", "read_table", "run", "track"]
@@ -75,10 +76,11 @@ def run(make: Callable[[argparse.Namespace], Made], parser: argparse.ArgumentPar
     manifest = made.manifest
     for line in made.skipped.lines():
         print(line)
+    for note in missing_notes(manifest):
+        print(note)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(
-        f"{manifest.n_samples} samples of {manifest.n_patients} patients, {size:.1f} MB in {len(manifest.shards)} shards"
-    )
+    print(f"{manifest.n_samples} samples of {manifest.n_patients} patients")
+    print(f"{size:.1f} MB in {len(manifest.shards)} shards")
     first = ", ".join(f"{split} {len(manifest.folds[0].patients(split))}" for split in SPLITS)
     print(f"{len(manifest.folds)} folds ({manifest.split_rule}); patients of fold 0: {first}")
     print(f"wrote {options.out}; look at it with `distkd shards info {options.out}`")

@@ -20,7 +20,10 @@ from distkd.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["info", "show"]
+__all__ = ["info", "missing_notes", "show"]
+
+_TELLING = 0.2
+"""Difference of two classes' shares of missing values above which missing itself tells the class."""
 
 
 def info(shard_set: ShardSet) -> str:
@@ -35,6 +38,7 @@ def info(shard_set: ShardSet) -> str:
         f"licence  {manifest.licence}",
         "",
         *_table(["modality", "kind", "shape", "type", "codec", "MB", "missing", "unit"], _modality_rows(shard_set)),
+        *missing_notes(manifest),
         "",
         f"folds: {manifest.split_rule} (seed {manifest.split_seed})",
         *_table(["fold", "split", "patients", "samples", *manifest.class_names, "no label"], _fold_rows(manifest)),
@@ -43,6 +47,26 @@ def info(shard_set: ShardSet) -> str:
         lines += ["", "excluded from the inputs:"]
         lines += [f"  {name}: {reason}" for name, reason in manifest.excluded.items()]
     return "\n".join(lines)
+
+
+def missing_notes(manifest: Manifest) -> list[str]:
+    """A warning for modalities that classes lack so unequally that a model may learn this in place of the values."""
+    labels = np.array(manifest.samples.label)
+    named_by: dict[str, list[str]] = {}
+    for name, places in manifest.samples.bytes.items():
+        absent = np.array([place is None for place in places])
+        shares = {
+            class_name: float(absent[labels == label].mean())
+            for label, class_name in enumerate(manifest.class_names)
+            if (labels == label).any()
+        }
+        if shares and max(shares.values()) - min(shares.values()) > _TELLING:
+            found = ", ".join(f"{class_name} {share:.0%}" for class_name, share in shares.items())
+            named_by.setdefault(found, []).append(name)
+    return [
+        f"note: {', '.join(names)} missing unequally ({found}): that tells the class; compare models on pairs only"
+        for found, names in named_by.items()
+    ]
 
 
 def show(shard_set: ShardSet, out: Path, *, per_class: int = 4) -> Path:

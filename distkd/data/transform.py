@@ -32,6 +32,10 @@ from distkd.errors import CheckpointError, ConfigError, DataError
 __all__ = ["AugmentConfig", "ImageInput", "Preprocess", "VectorInput", "fit_image", "fit_vector"]
 
 
+_TINY_SHARE, _TINY = 1e-12, 1e-30
+"""A column that varies by less than this, of its size or at all, is constant."""
+
+
 class _Fitted(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -80,8 +84,10 @@ def fit_vector(vector_BF: np.ndarray, features: list[str] | None = None) -> Vect
     if known.any():
         median[known] = np.nanmedian(values[:, known], axis=0)
     values = np.where(gaps, median, values)
-    constant = (values == values[:1]).all(axis=0)  # not std == 0: the mean of equal values may round
-    std = np.where(constant, 1.0, values.std(axis=0))
+    std = values.std(axis=0)
+    # not std == 0: the mean of equal values may round, and squares of tiny differences vanish
+    constant = std <= np.maximum(_TINY_SHARE * np.abs(values).max(axis=0), _TINY)
+    std = np.where(constant, 1.0, std)
     return VectorInput(median=median.tolist(), mean=values.mean(axis=0).tolist(), std=std.tolist(), features=features)
 
 

@@ -54,7 +54,7 @@ class ModelConfig(StrictConfig):
     """`auto`: gated bilinear for an image with a vector, else concatenation."""
     feature_dim: PositiveInt = 128
     """Width of every feature."""
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of dropped values, where a network has dropout."""
     norm: Norm = "sync"
     """`sync`: batch statistics over all ranks; `group`: none over the batch, no collective."""
@@ -170,7 +170,7 @@ def _check(config: ModelConfig, specs: Mapping[str, InputSpec]) -> None:
     if len(set(config.modalities)) < len(config.modalities):
         raise ConfigError(f"model.modalities names one twice: {config.modalities}")
     for name in config.modalities:
-        if "." in name or hasattr(nn.ModuleDict, name):
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ConfigError(
                 f"model.modalities names {name!r}, which cannot be the name of a module; rename the modality"
             )

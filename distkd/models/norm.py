@@ -23,7 +23,7 @@ __all__ = ["Norm", "SyncBatchNorm", "linear_before_norm", "make_norm", "set_worl
 Norm = Literal["sync", "group"]
 
 _GROUP_CHANNELS = 16
-"""Channels of a group at most; narrower layers are one group."""
+"""Channels of a group at least; narrower layers are one group."""
 
 
 class _SyncedNorm(torch.autograd.Function):
@@ -71,9 +71,10 @@ class _SyncedNorm(torch.autograd.Function):
             sums = all_reduce_sum(torch.cat([grad_bias, grad_weight]), ctx.world) / total
             scale = weight * inv_std
             slope = scale * inv_std * sums[c:]
-            constant = (slope * mean - scale * sums[:c]).to(x.dtype).view(shape)
-            grad_x = torch.addcmul(constant, x, slope.to(x.dtype).view(shape), value=-1)
-            grad_x.addcmul_(grad, scale.to(x.dtype).view(shape))
+            constant = slope * mean - scale * sums[:c]
+            # a bfloat16 `x` is widened by `constant`: rounded, it would be a bias of the whole channel's gradient
+            grad_x = torch.addcmul(constant.view(shape), x, slope.view(shape), value=-1)
+            grad_x = grad_x.addcmul_(grad, scale.view(shape)).to(x.dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 5
 
 
@@ -133,14 +134,19 @@ def make_norm(kind: Norm, channels: int, dims: int) -> nn.Module:
     return nn.GroupNorm(groups, channels)
 
 
+class _LinearBeforeBatchNorm(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        # not detached alone: a gradient of zeros, which DDP waits for; no hook: a copy of the layer would lose it
+        return F.linear(input, self.weight, self.bias.detach() + 0 * self.bias)
+
+
 def linear_before_norm(kind: Norm, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer whose outputs go straight into `make_norm(kind, outputs, 1)`.
 
     Batch statistics take any constant away again, so the gradient of the bias is zero, and what arrives is the rounding
     of a sum. Adam divides by that rounding's size and weight decay feeds on the result: the bias walks at random, and
-    differently at each world size. The exact zero is put in its place.
+    differently at each world size. The exact zero is put in its place, in train mode.
     """
-    layer = nn.Linear(inputs, outputs)
-    if kind == "sync":
-        layer.bias.register_hook(torch.zeros_like)
-    return layer
+    return (_LinearBeforeBatchNorm if kind == "sync" else nn.Linear)(inputs, outputs)

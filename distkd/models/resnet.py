@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def load_imagenet(trunk: ResNet18, path: Path) -> None:
     except RuntimeError as error:
         raise CheckpointError(
             f"weights file {path} is not of a ResNet-18 with {trunk.conv1.in_channels} input channels and batch norm: "
-            f"{error}"
+            f"{shorten(str(error), 300, placeholder=' ...')}"
         ) from error
 
 
@@ -109,22 +110,30 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of a file that is refused anyway
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"weights file {path} does not exist; leave `weights` out to start from random weights"
         ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"weights file {path} is a pickle that holds more than tensors and is refused, since reading it could run "
-            "code; save a state dict as .safetensors"
+            f"weights file {path} is not a plain state dict: damaged, or a pickle that holds more than tensors, which "
+            "is refused since reading it could run code; fetch it again, or save a state dict as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
         raise CheckpointError(
             f"weights file {path} cannot be read, it may be cut short: {error}; fetch it again"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict):
         raise CheckpointError(
             f"weights file {path} does not hold a state dict of names and tensors, but a {type(state).__name__}"
         )
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"weights file {path} does not hold a state dict of names and tensors: {name!r} is a "
+                f"{type(tensor).__name__}; save the state dict alone"
+            )
     return state

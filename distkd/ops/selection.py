@@ -59,7 +59,8 @@ def _not_self(index_B: Tensor, n_rows: int) -> Tensor:
 
 
 def _negatives(key_B: Tensor, draw_BN: Tensor, pool_BN: Tensor, n: int) -> Tensor:
-    order_BN = draw_BN.masked_fill(~pool_BN, 2.0).argsort(dim=1)
+    # the pool comes first in order; where it is smaller than n its places are drawn again, with replacement
+    order_BN = draw_BN.masked_fill(~pool_BN, 2.0).topk(min(n, draw_BN.shape[1]), dim=1, largest=False).indices
     pool_B1 = pool_BN.sum(dim=1, keepdim=True)
     rank_BK = torch.arange(n, device=key_B.device).expand(len(key_B), n)
     again_BK = (uniform(key_B ^ 1, n, dtype=torch.float64) * pool_B1).long()
@@ -132,5 +133,5 @@ def select_by_discrepancy(
     if keep_negative is None:
         kept_BK = torch.arange(negative_BJ.shape[1], device=negative_BJ.device).expand_as(negative_BJ)
     else:
-        kept_BK = negative_BJ.argsort(dim=1, stable=True)[:, :keep_negative]
+        kept_BK = negative_BJ.topk(keep_negative, dim=1, largest=False).indices
     return torch.cat([positive_BP, kept_BK + n_positive], dim=1)

@@ -47,7 +47,7 @@ class Export:
         Raises:
             CheckpointError: the weights are damaged or of another model.
         """
-        model = build(self.config, self.specs, len(self.class_names), seed=0)
+        model = build(self.config, self.specs, len(self.class_names), seed=0, pretrained=False)
         path = self.folder / WEIGHTS
         if digest(path) != self.card["sha256"]:
             raise CheckpointError(f"{path} is not the file that {MODEL} was written for (SHA-256 differs); export again")

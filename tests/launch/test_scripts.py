@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,27 @@ def test_a_rank_that_dies_without_a_word_is_named(launch):
     assert done.returncode == 1
     assert re.search(r"^rank 0 \(pid \d+\) was killed by SIGKILL; start again to resume$", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+
+
+def test_two_nodes_meet_and_share_out_the_ranks(launch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [
+        subprocess.Popen(
+            launch.command("multinode.sh", "a.yaml"),
+            env=launch.environ
+            | NODES
+            | {"NODE_RANK": str(rank), "NPROC": "2", "MASTER_PORT": port, "MAX_RESTARTS": "0"},
+            cwd=launch.folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert launch.calls() == [f"{rank} train a.yaml" for rank in range(4)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)

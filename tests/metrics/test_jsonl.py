@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.errors import DataError
@@ -27,6 +27,7 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     assert record == {"step": 1, "loss": None, "parts": {"a": [None, 1.0]}}
 
 
+@settings(deadline=None)
 @given(cut=st.integers(0, 90))
 def test_a_file_cut_anywhere_is_read_and_continued_on_its_own_line(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.errors import DataError
@@ -39,6 +39,7 @@ def rows_of(p: Predictions, patient: str, group: str | None = None) -> np.ndarra
     return p.probability_NC[wanted]
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99))
 def test_a_group_is_the_renormalised_mean_of_log_probabilities(seed):
     samples = cohort(seed)
@@ -50,6 +51,7 @@ def test_a_group_is_the_renormalised_mean_of_log_probabilities(seed):
         np.testing.assert_allclose(groups.probability_NC[n], product / product.sum(), atol=1e-12)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99))
 def test_a_patient_is_the_mean_of_its_groups(seed):
     samples = cohort(seed)
@@ -60,6 +62,7 @@ def test_a_patient_is_the_mean_of_its_groups(seed):
         assert patients.label_N[n] == int(name[1:]) % 3
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99))
 def test_the_max_rule_takes_each_class_largest_log_probability_over_the_samples(seed):
     samples = cohort(seed)
@@ -68,6 +71,7 @@ def test_the_max_rule_takes_each_class_largest_log_probability_over_the_samples(
         np.testing.assert_allclose(np.log(patients.probability_NC[n]), np.log(rows_of(samples, name)).max(axis=0))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99), rule=st.sampled_from(["mean", "max"]))
 def test_levels_are_bit_equal_in_any_order(seed, rule):
     samples = cohort(seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.base import World
@@ -76,6 +76,7 @@ def test_a_rank_with_other_names_is_our_own_fault(monkeypatch, other):
         on_ranks(monkeypatch, [[{"loss": 1.0}], [{"loss": 1.0}], [other]], flags=[0, 0, 0])
 
 
+@settings(deadline=None)
 @given(names=st.lists(st.text(min_size=1), unique=True, max_size=80))
 def test_any_number_of_names_survives_the_packing(names):
     meter = Meter()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.errors import DataError, ShapeError
@@ -23,6 +23,7 @@ def predictions(n: int, seed: int) -> Predictions:
     )
 
 
+@settings(deadline=None)
 @given(n=st.integers(0, 20), seed=st.integers(0, 20))
 def test_what_is_written_reads_back_bit_for_bit(tmp_path_factory, n, seed):
     path = tmp_path_factory.mktemp("eval") / "test.predictions.csv"
