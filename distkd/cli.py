@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--folds", type=_numbers, help="repeat for these folds, for example 0-14 or 0,3,7")
     train.add_argument("--seeds", type=_numbers, help="repeat for these seeds, for example 0-4")
     train.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
-    train.epilog = "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs."
+    train.epilog = (
+        "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs."
+    )
 
     evaluate = _command(commands, "eval", _eval, "metrics and predictions of a run's student")
     evaluate.add_argument("run", type=Path, help="run folder")
@@ -80,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = _command(commands, "predict", _predict, "the student on raw files or shards, as the clinic would")
     predict.add_argument("source", type=Path, help="run folder or export folder")
-    predict.add_argument("input", nargs="+", type=Path, help="shard set, image files, .npy or .csv files with one row per item")
+    predict.add_argument(
+        "input", nargs="+", type=Path, help="shard set, image files, .npy or .csv files with one row per item"
+    )
     predict.add_argument("--output", type=Path, required=True, help="folder for predictions.csv")
 
     export = _command(commands, "export", _export, "the student alone, with its preprocessing and class names")

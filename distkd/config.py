@@ -75,7 +75,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"key {key!r} stands twice in one section - line {node.start_mark.line + 1}; remove one")
+                raise ConfigError(
+                    f"key {key!r} stands twice in one section - line {node.start_mark.line + 1}; remove one"
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -171,7 +173,11 @@ def _describe(error: ErrorDetails, root: type[BaseModel]) -> str:
 def _suggest(key: str, parents: Sequence[int | str], root: type[BaseModel]) -> str:
     section: type[BaseModel] | None = root
     for name in parents:
-        section = _section(section.model_fields[str(name)].annotation) if section and str(name) in section.model_fields else None
+        section = (
+            _section(section.model_fields[str(name)].annotation)
+            if section and str(name) in section.model_fields
+            else None
+        )
     if section is None:
         return ""
     close = difflib.get_close_matches(key, section.model_fields, n=1)

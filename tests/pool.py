@@ -229,7 +229,7 @@ def _call(job: _Job, rank: int, raised_at: list[float]) -> Any:
     from distkd.base import World
     from distkd.comm import world as comm
 
-    warnings.filters[:] = job.filters  # type: ignore[index]
+    warnings.filters[:] = job.filters  # pyright: ignore[reportIndexIssue]
     warnings.simplefilter("default", append=True)  # the public way to make the new list count
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # for code that should not use it

@@ -191,9 +191,7 @@ class DCDistill(PlainMethod):
             own_BD = self.model.own[side](feature_BD)
             other_BD = self.model.other[side](others[side].feature_BD.detach())
             key = torch.full((), integer_key(batch.seed, batch.step, text_key(side)), device=feature_BD.device)
-            ranks_R = kept_ranks(
-                c.select, key, n_positive=self.n_positive, keep=self.n_kept, progress=batch.progress
-            )
+            ranks_R = kept_ranks(c.select, key, n_positive=self.n_positive, keep=self.n_kept, progress=batch.progress)
             losses[side] = self.contrast[side](
                 own_BD,
                 other_BD,
@@ -209,7 +207,9 @@ class DCDistill(PlainMethod):
         return losses, rows
 
     def after_step(self, out: StepOutput, world: World) -> None:
-        banks = {f"{side}.{name}": getattr(self.contrast[side], name) for side in SIDES for name in ("student", "teacher")}
+        banks = {
+            f"{side}.{name}": getattr(self.contrast[side], name) for side in SIDES for name in ("student", "teacher")
+        }
         write_gathered(banks, out.rows, momentum=self.config.bank_momentum, passes=out.passes, world=world)
         self.mean_teacher.update(self.student, out.step)
 
@@ -229,5 +229,3 @@ def _candidate_counts(config: Config, train_label_N: Tensor, n_classes: int) -> 
 
 def build(config: Config, setup: Setup) -> DCDistill:
     return DCDistill(config, setup)
-
-

@@ -42,7 +42,9 @@ class DCTeacher(PlainMethod):
     def __init__(self, config: Config, setup: Setup):
         unknown = sorted(set(config.l1) - set(setup.model.modalities))
         if unknown:
-            raise ConfigError(f"method.l1 names {unknown[0]!r}, which is not in model.modalities {setup.model.modalities}")
+            raise ConfigError(
+                f"method.l1 names {unknown[0]!r}, which is not in model.modalities {setup.model.modalities}"
+            )
         super().__init__(setup.build_student())
         self.config = config
         self.labelled_share = setup.labelled_share
@@ -52,8 +54,12 @@ class DCTeacher(PlainMethod):
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
         out = model(batch)
         mean = self.state["mean_teacher"](batch.view(1))
-        task = torch.stack([labelled_cross_entropy(head.logits_BC, batch.label_B, self.labelled_share) for head in _heads(out)])
-        kl = torch.stack([kl_at_temperature(a.logits_BC, b.logits_BC, 1.0) for a, b in zip(_heads(out), _heads(mean), strict=True)])
+        task = torch.stack(
+            [labelled_cross_entropy(head.logits_BC, batch.label_B, self.labelled_share) for head in _heads(out)]
+        )
+        kl = torch.stack(
+            [kl_at_temperature(a.logits_BC, b.logits_BC, 1.0) for a, b in zip(_heads(out), _heads(mean), strict=True)]
+        )
         parts = {"task": task.sum(), "kl_mean_teacher": kl.sum(), "l1": self._l1(task)}
         loss = parts["task"] + self.config.kd_weight * parts["kl_mean_teacher"] + parts["l1"]
         return StepOutput(loss, {name: part.detach() for name, part in parts.items()}, step=batch.step)

@@ -111,7 +111,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     meta: dict[str, Any] = read_json(folder / META)
     if meta["format"] > FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has format {meta['format']}, this version reads up to {FORMAT}; update distkd")
+        raise CheckpointError(
+            f"checkpoint {folder} has format {meta['format']}, this version reads up to {FORMAT}; update distkd"
+        )
     return meta
 
 

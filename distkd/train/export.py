@@ -50,7 +50,9 @@ class Export:
         model = build(self.config, self.specs, len(self.class_names), seed=0, pretrained=False)
         path = self.folder / WEIGHTS
         if digest(path) != self.card["sha256"]:
-            raise CheckpointError(f"{path} is not the file that {MODEL} was written for (SHA-256 differs); export again")
+            raise CheckpointError(
+                f"{path} is not the file that {MODEL} was written for (SHA-256 differs); export again"
+            )
         try:
             model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
@@ -99,7 +101,9 @@ def find_export(path: Path) -> Path:
         )
     if (path / "config.yaml").exists():
         raise CheckpointError(f"run {path} has no export yet; finish it with `distkd train {path / 'config.yaml'}`")
-    raise CheckpointError(f"no export in {path}: expected {MODEL} there or in {path / 'export'}; train the teacher first")
+    raise CheckpointError(
+        f"no export in {path}: expected {MODEL} there or in {path / 'export'}; train the teacher first"
+    )
 
 
 def load_export(path: Path) -> Export:
@@ -113,7 +117,9 @@ def load_export(path: Path) -> Export:
     try:
         card: dict[str, Any] = read_json(folder / MODEL)
         if card["format"] > FORMAT:
-            raise ConfigError(f"{folder / MODEL} has format {card['format']}, this version reads up to {FORMAT}; update distkd")
+            raise ConfigError(
+                f"{folder / MODEL} has format {card['format']}, this version reads up to {FORMAT}; update distkd"
+            )
         specs = {name: InputSpec(item["kind"], tuple(item["shape"])) for name, item in card["inputs"].items()}
         return Export(folder, card, ModelConfig(**card["model"]), specs)
     except (KeyError, ValueError, OSError) as error:

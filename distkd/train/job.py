@@ -58,7 +58,9 @@ def device_of(settings: Settings, world: World) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda, but this torch finds no CUDA device; use cpu or auto, or see `distkd doctor`")
+        raise ConfigError(
+            "engine.device is cuda, but this torch finds no CUDA device; use cpu or auto, or see `distkd doctor`"
+        )
     if world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {world.local_rank} has no device of its own: {torch.cuda.device_count()} CUDA devices here; "

@@ -168,5 +168,3 @@ def _read_table(path: Path, spec: InputSpec, preprocess: Preprocess, name: str) 
             except ValueError as error:
                 raise DataError(f"{path}, line {number + 2}: {error}; empty means missing") from error
             yield row.get("key") or f"{path.stem}-{number}", np.array(values, dtype=np.float32)
-
-

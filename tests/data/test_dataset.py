@@ -75,7 +75,7 @@ def test_a_sample_is_the_same_in_any_batch(toy: ShardSet, train: bool):
 
 
 @pytest.mark.parametrize("change", [{"threads": 0}, {"threads": 3}, {"cache_mib": 0}])
-def test_threads_and_cache_change_nothing(toy: ShardSet, change: dict[str, int]):
+def test_threads_and_cache_change_nothing(toy: ShardSet, change: dict[str, Any]):
     expected, found = dataset(toy, views=2, augment=AUGMENT), dataset(toy, views=2, augment=AUGMENT, **change)
     for epoch in range(2):  # the second comes from the cache
         numbers = expected.split_samples("train")

@@ -6,14 +6,15 @@ import gc
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from distkd.data.codec import DecodeError, decode, encode
 from distkd.data.manifest import Description, Fold, Modality
@@ -64,7 +65,8 @@ def test_tars_are_ustar_without_anything_of_this_machine(toy: ShardSet):
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_webdataset_library_reads_the_tars(toy: ShardSet):
     urls = [str(toy.folder / shard.file) for shard in toy.manifest.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
+    pipeline: Any = WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
+    samples = list(pipeline)
     gc.collect()  # the library leaves its files to the collector, which warns
     assert [sample["__key__"] for sample in samples] == toy.manifest.samples.key
     for number, sample in enumerate(samples):

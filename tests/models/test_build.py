@@ -12,6 +12,7 @@ from distkd.base import InputSpec, World
 from distkd.errors import CheckpointError, ConfigError, ShapeError
 from distkd.models.build import Branch, Classifier, EncoderConfig, ModelConfig, build, parameter_table
 from distkd.models.cnn import CNN
+from distkd.models.dropout import KeyedDropout
 from distkd.models.fusion import ConcatFusion, GatedBilinearFusion
 from distkd.models.mlp import MLP
 from distkd.models.norm import set_world
@@ -177,6 +178,15 @@ def test_dropout_follows_the_key_of_the_sample_and_the_role():
     model.role = "mean_teacher"
     assert not torch.allclose(model(batch).logits_BC, out)
     assert torch.equal(model.eval()(batch).logits_BC, copy.deepcopy(model)(batch).logits_BC)
+
+
+def test_every_dropout_layer_of_a_model_has_its_own_draws():
+    def salts(model: Classifier) -> list[int]:
+        return [layer.salt for layer in model.modules() if isinstance(layer, KeyedDropout)]
+
+    both, alone = salts(_small(["tile", "omic"])), salts(_small(["omic"], seed=1))
+    assert len(both) == len({*both, KeyedDropout.salt}) - 1 == 2 + 2 + 3  # snn, gates, fusion
+    assert set(alone) < set(both)  # the genomic network is at the same path in both
 
 
 def _train_pass(

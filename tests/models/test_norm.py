@@ -72,6 +72,7 @@ def _assert_equal_to_torch(results: list[dict[str, Any]], x: Tensor, grad: Tenso
         for name in NAMES[4:]:
             torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=tolerance)
             assert torch.equal(found[name], results[0][name])
+        assert found["batches"] == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -84,8 +84,8 @@ def test_each_patient_is_a_sample_with_what_it_has(raw: Path, tmp_path: Path):
         assert ("omics" in arrays) == (patient in omics)
         if patient in omics:
             expected = {column: np.float32(omics[patient][column]) for column in OMICS}
-            features = shard_set.manifest.modalities["omics"].features
-            assert features == ["EGFR_cnv", "IDH1_mut", "TP53_mut", "A_rnaseq", "B_rnaseq"]
+            features = ["EGFR_cnv", "IDH1_mut", "TP53_mut", "A_rnaseq", "B_rnaseq"]
+            assert shard_set.manifest.modalities["omics"].features == features
             assert dict(zip(features, arrays["omics"].tolist(), strict=True)) == expected
             assert arrays["omics_mut"].tolist() == [expected["IDH1_mut"], expected["TP53_mut"]]
     assert made.skipped.by_reason == {
