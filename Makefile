@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt launch/venv.sh
 venv: $(STAMP)  ## make .venv/ with everything that is needed
 
 demo: $(STAMP)  ## shards, teacher, students and report on the embedded data: 2 CPU ranks, minutes
-	@launch/demo.sh
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) launch/demo.sh
 
 test: $(STAMP)  ## all tests; ARGS='-k bank -x' are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)

@@ -100,7 +100,9 @@ class Batch:
         """On `device`, with floating-point inputs as `dtype`."""
         return replace(
             self,
-            views=tuple({name: x.to(device, dtype, non_blocking=True) for name, x in view.items()} for view in self.views),
+            views=tuple(
+                {name: x.to(device, dtype, non_blocking=True) for name, x in view.items()} for view in self.views
+            ),
             present={name: x.to(device, non_blocking=True) for name, x in self.present.items()},
             label_B=self.label_B.to(device, non_blocking=True),
             index_B=self.index_B.to(device, non_blocking=True),

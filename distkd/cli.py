@@ -6,31 +6,37 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from distkd import __version__
 from distkd.base import World
-from distkd.errors import ConfigError, DistkdError, Interrupted
+from distkd.errors import ConfigError, DistkdError, Interrupted, LostRankError
+
+if TYPE_CHECKING:
+    from distkd.train.settings import Settings
 
 __all__ = ["main"]
 
 DONE, INTERNAL, USER, INTERRUPTED = 0, 1, 2, 3
 
-_EPILOG = """exit codes: 0 done, 2 error in config, data or arguments, 3 interrupted with a complete checkpoint, 1 anything else.
-Launchers lose them: `outcome.json` in the run folder has the truth."""
+_EPILOG = """exit codes: 0 done, 2 error in config, data or arguments, 3 interrupted with a complete checkpoint,
+1 anything else. Launchers lose them: `outcome.json` in the run folder has the truth."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Heavy imports happen inside the commands."""
-    # this process is torchrun's child or a shell's: a missing variable must not cost every rank all cores
-    arguments, rest = _parser().parse_known_args(argv)
+    words, overrides = _overrides_apart(sys.argv[1:] if argv is None else argv)
+    arguments, unknown = _parser().parse_known_args(words)
+    rest = unknown + overrides
     world = World.from_environment()
-    logging.basicConfig(level=logging.WARNING, format=f"%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="distkd: %(message)s", stream=sys.stderr)
     if not world.is_main:
         logging.getLogger("distkd").setLevel(logging.ERROR)
     command: Callable[[argparse.Namespace, list[str], World], int] = arguments.command
@@ -45,10 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistkdError as error:
         if arguments.debug:
             traceback.print_exc()
-        if world.is_main or getattr(error, "local", False):
+        if world.is_main or error.local:
             prefix = "" if world.is_main else f"rank {world.rank}: "
             print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
-        return USER
+        # a rank that is gone is nobody's mistake: a launcher may start the others again
+        return INTERNAL if isinstance(error, LostRankError) else USER
+
+
+def _overrides_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Other words, and the `--section.field VALUE` pairs, wherever they stand; argparse would take VALUE for a file."""
+    words: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not re.match(r"--\w+\.", word):
+            words.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return words, overrides
 
 
 def _say(world: World, text: str) -> None:
@@ -96,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", nargs="+", type=Path, help="run folders, or folders that contain them")
     report.add_argument("--output", type=Path, help="folder to write (default: report/ of the first argument)")
     report.add_argument("--split", default="test", help="split of the table")
+    report.add_argument("--baseline", metavar="METHOD", help="method to compare with instead of the student alone")
 
     shards = _command(commands, "shards", _shards, "look at a shard set, or check every byte of it")
     shards.add_argument("action", choices=("info", "verify", "show"))
@@ -116,7 +140,10 @@ def _command(
     run: Callable[[argparse.Namespace, list[str], World], int],
     summary: str,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    # no abbreviations: --seed would be taken for --seeds, which names a study
+    parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+    )
     parser.set_defaults(command=run)
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -126,8 +153,11 @@ def _numbers(text: str) -> list[int]:
     """`0-4` or `0,3,7` as numbers."""
     found: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        found += list(range(int(first), int(last) + 1)) if dash else [int(first)]
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
+        if not numbers:
+            raise argparse.ArgumentTypeError(f"cannot read {part!r} in {text!r}; expected numbers such as 0-4 or 0,3,7")
+        found += numbers
     return found
 
 
@@ -138,12 +168,14 @@ def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     from distkd.train.loop import train
 
     overrides = parse_overrides(rest)
-    stages = [
-        load(path, overrides, fold=fold, seed=seed)
-        for fold in arguments.folds or [None]
-        for seed in arguments.seeds or [None]
-        for path in arguments.config
-    ]
+    stages = _in_order(
+        [
+            load(path, overrides, fold=fold, seed=seed)
+            for fold in arguments.folds or [None]
+            for seed in arguments.seeds or [None]
+            for path in arguments.config
+        ]
+    )
     first = stages[0]
     comm.init(world, device=device_of(first, world), timeout_s=first.engine.timeout_s)
     try:
@@ -152,6 +184,44 @@ def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     finally:
         comm.shutdown()
     return DONE
+
+
+def _in_order(stages: Sequence[Settings]) -> list[Settings]:
+    """The stages, each after the one whose run it names as its teacher, otherwise in the order given.
+
+    Raises:
+        ConfigError: stages wait for each other, or two different ones mean the same run folder.
+    """
+    of_folder: dict[Path, Settings] = {}
+    for stage in stages:
+        if of_folder.setdefault(stage.folder.resolve(), stage) != stage:
+            raise ConfigError(f"two stages with different configs have the run folder {stage.folder}; give them names")
+    ordered: dict[Path, Settings] = {}
+
+    def place(folder: Path, waiting: tuple[Path, ...]) -> None:
+        if folder in waiting:
+            names = [of_folder[item].run.name for item in (*waiting[waiting.index(folder) :], folder)]
+            raise ConfigError(f"stages wait for each other as teachers: {' -> '.join(names)}; mend a teacher.export")
+        if folder in ordered:
+            return
+        for other in _teacher_folders(of_folder[folder]):
+            if other in of_folder:
+                place(other, (*waiting, folder))
+        ordered[folder] = of_folder[folder]
+
+    for folder in of_folder:
+        place(folder, ())
+    return list(ordered.values())
+
+
+def _teacher_folders(stage: Settings) -> list[Path]:
+    """Run folders that `teacher.export` may mean."""
+    from distkd.train.job import teacher_folder
+
+    if stage.teacher.export is None:
+        return []
+    found = teacher_folder(stage).resolve()
+    return [found, found.parent] if found.name == "export" else [found]
 
 
 def _no_rest(rest: list[str]) -> None:
@@ -198,7 +268,7 @@ def _report(arguments: argparse.Namespace, rest: list[str], world: World) -> int
     from distkd.report import make_report
 
     _no_rest(rest)
-    print(make_report(arguments.run, arguments.output or arguments.run[0] / "report", split=arguments.split))
+    print(make_report(arguments.run, arguments.output, split=arguments.split, baseline=arguments.baseline))
     return DONE
 
 

@@ -16,6 +16,8 @@ class DistkdError(Exception):
     """Base of every error that is a user's mistake or bad data; `kind` goes into `outcome.json`."""
 
     kind = "error"
+    local = False
+    """Whether this rank alone ran into it, so that it has to speak although it is not the main rank."""
 
 
 class ConfigError(DistkdError, ValueError):

@@ -19,12 +19,14 @@ USER, INTERRUPTED = 2, 3
 
 def main() -> int:
     """Run torchrun on this process's arguments; its exit code, 1 for anything but success."""
-    os.environ.setdefault("LOGLEVEL", "ERROR")  # of torchrun alone: its warnings tell of every signal it passes on
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda _: not _ranks_have_spoken())
+    for name in ("agent.server.api", "multiprocessing.api"):
+        log = logging.getLogger(f"torch.distributed.elastic.{name}")
+        log.setLevel(logging.ERROR)  # its warnings tell of every signal that it passes on
+        log.addFilter(lambda _: not _ranks_have_spoken())
     try:
         torchrun(sys.argv[1:])
     except SignalException:

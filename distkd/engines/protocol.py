@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
@@ -37,13 +37,13 @@ class OptimConfig(StrictConfig):
     """Learning rate at the start of the schedule."""
     weight_decay: NonNegativeFloat = 0.0
     """Per step, on every trainable tensor."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of the running moments; the first is SGD's momentum."""
     clip: NonNegativeFloat = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """`linear`: epoch e = 1..E runs at lr (1 - e / (E + 1)); `cosine`: per step to zero."""
-    warmup_epochs: NonNegativeFloat = Field(0.0)
+    warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the rate rises linearly from zero, before the schedule applies."""
 
 

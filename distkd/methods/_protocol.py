@@ -27,7 +27,7 @@ class MethodConfig(StrictConfig):
     views: ClassVar[int] = 1
     """Independently augmented copies of a sample that a step reads."""
 
-    name: str
+    name: Any  # each method narrows it to the one text that it is
     """Which method: a file of `distkd/methods`."""
 
 

@@ -221,7 +221,8 @@ def _candidate_counts(config: Config, train_label_N: Tensor, n_classes: int) -> 
     kept = min(config.keep_positive, drawn)
     if drawn < config.positives or kept < config.keep_positive:
         log.warning(
-            "the smallest class has %d labelled training samples: drawing %d positives instead of %d and keeping %d of %d",
+            "the smallest class has %d labelled training samples: "
+            "drawing %d positives instead of %d and keeping %d of %d",
             smallest, drawn, config.positives, kept, config.keep_positive,
         )  # fmt: skip
     return drawn, kept

@@ -32,7 +32,7 @@ class Config(MethodConfig):
     """Weight of the divergence of each head from its mean teacher; no ramp-up."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Upper bound of the mean teacher's memory; it starts at 0 and grows as 1 - 1 / (step + 1)."""
-    l1: dict[str, NonNegativeFloat] = {}
+    l1: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
     """Modality to weight of the L1 norm of all parameters of its network, head included (3e-4 on the omics)."""
 
 
@@ -49,11 +49,12 @@ class DCTeacher(PlainMethod):
         self.config = config
         self.labelled_share = setup.labelled_share
         # another seed: before its first update the mean teacher is a stranger, as in the source
-        self.state["mean_teacher"] = MeanTeacher(setup.build_student("mean_teacher"), decay=config.ema_decay)
+        self.mean_teacher = MeanTeacher(setup.build_student("mean_teacher"), decay=config.ema_decay)
+        self.state["mean_teacher"] = self.mean_teacher
 
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
         out = model(batch)
-        mean = self.state["mean_teacher"](batch.view(1))
+        mean = self.mean_teacher(batch.view(1))
         task = torch.stack(
             [labelled_cross_entropy(head.logits_BC, batch.label_B, self.labelled_share) for head in _heads(out)]
         )
@@ -72,7 +73,7 @@ class DCTeacher(PlainMethod):
         return total
 
     def after_step(self, out: StepOutput, world: World) -> None:
-        self.state["mean_teacher"].update(self.student, out.step)
+        self.mean_teacher.update(self.student, out.step)
 
 
 def _heads(out: Outputs) -> list[Outputs]:

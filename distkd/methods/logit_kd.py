@@ -1,4 +1,4 @@
-"""Soft labels of a frozen teacher (Hinton et al. 2015): the shortest distillation, and the file to copy for a new one."""
+"""Soft labels of a frozen teacher (Hinton et al. 2015): the shortest distillation, the file to copy for another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross entropy and nothing else: a teacher on all its modalities, or the student alone that others are compared with."""
+"""Cross entropy and nothing else: a teacher on all its modalities, or the student alone, the measure of others."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _DIGEST_BITS = 20
 
 
 class Meter:
-    """Sums named scalar tensors on their device, without a host sync, until `reduce` gives their means.
+    """Keeps named scalar tensors on their device, without a host sync, until `reduce` gives their means.
 
     Args:
         device: where the tensors live and the collective runs.
@@ -36,16 +36,15 @@ class Meter:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._values: dict[str, list[Tensor]] = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Counts one value of each name; names may differ from step to step, not from rank to rank."""
+        """Counts one value of each name; names may differ from step to step, not from rank to rank.
+
+        The scalars are kept as they are until `reduce`: a step pays for a list's append and not for small kernels.
+        """
         for name, value in parts.items():
-            value = value.detach().to(self.device, torch.float64, non_blocking=True)
-            # a new tensor, never in place: the caller's float64 scalar would be changed
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._values.setdefault(name, []).append(value.detach())
 
     @overload
     def reduce(self, world: World) -> dict[str, float]: ...
@@ -63,22 +62,22 @@ class Meter:
         Returns:
             Name to mean, sorted by name; with `flag` a pair of that and the sum of flags.
         """
-        names = sorted(self._sums)
+        names = sorted(self._values)
         digest = zlib.crc32("\n".join(names).encode()) & ((1 << _DIGEST_BITS) - 1)
-        head = [float(flag or 0), float(digest), float(digest**2), *(float(self._counts[name]) for name in names)]
+        head = [float(flag or 0), float(digest), float(digest**2), *(float(len(self._values[name])) for name in names)]
         padding = [0.0] * (-(len(head) + len(names)) % _SLOTS)
         packed = torch.tensor(head + padding, dtype=torch.float64).to(self.device, non_blocking=True)
         if names:
-            packed = torch.cat([packed, torch.stack([self._sums[name] for name in names])])
+            sums = [torch.stack(self._values[name]).to(self.device, torch.float64).sum() for name in names]
+            packed = torch.cat([packed, torch.stack(sums)])
         values: list[float] = all_reduce_sum(packed, world).tolist()  # the host waits here
         # equal on all ranks exactly when the digests have no variance; whole numbers below 2**53, so exact
         one, squares = int(values[1]), int(values[2])
         assert world.size * squares == one**2, f"rank {world.rank} measures {names}, another rank measures other names"
-        sums = values[len(values) - len(names) :]
+        totals = values[len(values) - len(names) :]
         counts = values[3 : 3 + len(names)]
-        means = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
-        self._sums.clear()
-        self._counts.clear()
+        means = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
+        self._values.clear()
         return means if flag is None else (means, int(values[0]))
 
 

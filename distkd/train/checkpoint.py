@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, verified when read, and everything that the next step depends on.
 
-A checkpoint is a folder `step-00001200` with the engine's weights and optimizer, the method's state (banks, normalisers,
-mean teacher), the best student so far, and `meta.json` with the position, the config and a digest of every file. The data
-position is the step itself: the plan is a pure function of it. No generator is saved because none is used.
+A checkpoint is a folder `step-00001200` with the engine's weights and optimizer, the method's state (banks,
+normalisers, mean teacher), the best student so far, and `meta.json` with the position, the config and a digest of every
+file. The data position is the step itself: the plan is a pure function of it. No generator is saved because none is
+used.
 """
 
 from __future__ import annotations
@@ -84,15 +85,18 @@ def find_latest(checkpoints: Path, world: World) -> Path | None:
     Decided by the main rank for all: ranks that look for themselves could resume at different steps.
     """
     found: Path | None = None
+    damaged = False
     if world.is_main:
         for partial in checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
         found = next((path for path in reversed(_complete(checkpoints)) if _is_whole(path)), None)
-        if found is None and _complete(checkpoints):
-            raise CheckpointError(
-                f"every checkpoint in {checkpoints} is damaged (digests differ); remove the folder to start again"
-            )
-    return broadcast_object(found, world)
+        damaged = found is None and bool(_complete(checkpoints))
+    found, damaged = broadcast_object((found, damaged), world)
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is damaged (digests differ); remove the folder to start again"
+        )
+    return found
 
 
 def _is_whole(folder: Path) -> bool:

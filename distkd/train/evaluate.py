@@ -17,6 +17,7 @@ from distkd.base import Batch, World
 from distkd.comm.world import broadcast_object, gather_objects
 from distkd.data.dataset import Dataset
 from distkd.data.loader import eval_batches
+from distkd.data.manifest import Split
 from distkd.errors import DataError
 from distkd.files import write_json
 from distkd.metrics.classification import ClassificationReport, classification_metrics
@@ -51,7 +52,7 @@ def evaluate(
     predict: Callable[[Batch], Tensor],
     modules: nn.Module,
     dataset: Dataset,
-    split: str,
+    split: Split,
     config: EvalConfig,
     *,
     micro_batch: int,

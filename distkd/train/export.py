@@ -47,8 +47,11 @@ class Export:
         Raises:
             CheckpointError: the weights are damaged or of another model.
         """
+        # pretrained: the weights that the training started from are not needed, nor on this machine
         model = build(self.config, self.specs, len(self.class_names), seed=0, pretrained=False)
         path = self.folder / WEIGHTS
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} has {MODEL} but no {WEIGHTS}; export again")
         if digest(path) != self.card["sha256"]:
             raise CheckpointError(
                 f"{path} is not the file that {MODEL} was written for (SHA-256 differs); export again"
@@ -56,7 +59,10 @@ class Export:
         try:
             model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not hold the model that {MODEL} describes: {error}") from error
+            raise CheckpointError(
+                f"{path} does not hold the model that {MODEL} describes: {error}; only safetensors are accepted, no "
+                "pickles: export again"
+            ) from error
         return model.eval().requires_grad_(False)
 
 
@@ -94,7 +100,7 @@ def find_export(path: Path) -> Path:
     for folder in (path, path / "export"):
         if (folder / MODEL).is_file():
             return folder
-    if path.suffix in {".pt", ".pth", ".pkl", ".bin"}:
+    if path.suffix in {".pt", ".pth", ".pkl", ".bin", ".ckpt"}:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when it is read; only safetensors exports are accepted, "
             "written by `distkd train` or `distkd export`"
@@ -122,7 +128,7 @@ def load_export(path: Path) -> Export:
             )
         specs = {name: InputSpec(item["kind"], tuple(item["shape"])) for name, item in card["inputs"].items()}
         return Export(folder, card, ModelConfig(**card["model"]), specs)
-    except (KeyError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder / MODEL} cannot be read: {error}; export the teacher again") from error

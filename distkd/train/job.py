@@ -15,6 +15,7 @@ from distkd.comm.world import barrier, broadcast_object
 from distkd.data.dataset import Dataset
 from distkd.data.make import make_shards
 from distkd.data.plan import Plan
+from distkd.data.transform import ImageInput, Preprocess
 from distkd.data.wds import ShardSet
 from distkd.engines import DDPEngine, Engine
 from distkd.errors import ConfigError, DistkdError
@@ -24,7 +25,7 @@ from distkd.models.norm import set_world
 from distkd.train.export import Export, load_export
 from distkd.train.settings import Settings
 
-__all__ = ["Job", "assemble", "dataset_of", "device_of", "open_shards", "split_digest"]
+__all__ = ["Job", "assemble", "dataset_of", "device_of", "open_shards", "split_digest", "teacher_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -97,32 +98,63 @@ def split_digest(dataset: Dataset) -> str:
 
 
 def _load_teacher(settings: Settings, needed: bool) -> Export | None:
-    name = settings.teacher.export
     if not needed:
         return None
-    if name is None:
+    if settings.teacher.export is None:
         raise ConfigError(
             f"method {settings.method.name!r} needs a teacher; set teacher.export to a run folder, or to the name of a "
             f"run below run.root={settings.run.root}"
         )
-    below_root = settings.run.root / name
-    return load_export(below_root if len(Path(name).parts) == 1 and not Path(name).exists() else Path(name))
+    return load_export(teacher_folder(settings))
 
 
-def _check_teacher(teacher: Export, dataset: Dataset, shards: ShardSet) -> None:
-    """A teacher must know this task, and must not have been trained on this fold's held-out patients."""
-    card = teacher.card
-    if card["task"] != dataset.task or card["class_names"] != list(dataset.class_names):
+def teacher_folder(settings: Settings) -> Path:
+    """What `teacher.export` means: the path itself, or below `run.root` for a bare name that is no path from here."""
+    assert settings.teacher.export is not None
+    path = Path(settings.teacher.export)
+    return settings.run.root / path if len(path.parts) == 1 and not path.exists() else path
+
+
+def _check_teacher_task(teacher: Export, shards: ShardSet) -> None:
+    """A teacher must know this task, and see only what this shard set has."""
+    card, manifest = teacher.card, shards.manifest
+    if card["task"] != manifest.task or card["class_names"] != manifest.class_names:
         raise ConfigError(
-            f"teacher {teacher.folder} was trained for task {card['task']!r} with classes {card['class_names']}, this run "
-            f"has task {dataset.task!r} with classes {list(dataset.class_names)}; name a teacher of this task"
+            f"teacher {teacher.folder} was trained for task {card['task']!r} with classes {card['class_names']}, "
+            f"this run has task {manifest.task!r} with classes {manifest.class_names}; name a teacher of this task"
         )
-    if card["split_digest"] != split_digest(dataset):
+    absent = [name for name in teacher.config.modalities if name not in manifest.modalities]
+    if absent:
         raise ConfigError(
-            f"teacher {teacher.folder} was trained on other samples (its fold {card['fold']} of {card['shards']}) than this "
-            f"run's fold {dataset.fold} of {shards.folder} trains on, so it may know the test patients; train the teacher on "
-            "the same fold"
+            f"teacher {teacher.folder} sees {', '.join(map(repr, absent))}, but shard set {shards.folder} has "
+            f"{', '.join(sorted(manifest.modalities))}; name a teacher of these modalities, or shards that have all"
         )
+
+
+def _check_teacher_data(teacher: Export, dataset: Dataset) -> None:
+    """A teacher must not know this fold's held-out patients, and must be shown what it was trained on."""
+    if teacher.card["split_digest"] != split_digest(dataset):
+        raise ConfigError(
+            f"teacher {teacher.folder} was trained on other samples (fold {teacher.card['fold']} of "
+            f"{teacher.card['shards']}) than this run trains on (fold {dataset.fold} of {dataset.folder}), so it may "
+            "know the test patients; train the teacher on the same fold"
+        )
+    for name in teacher.config.modalities:
+        was, now = (_appearance(preprocess, name) for preprocess in (teacher.preprocess, dataset.preprocess))
+        if was != now:
+            raise ConfigError(
+                f"teacher {teacher.folder} was trained on {name!r} as {was}, this run makes it {now}; "
+                "set data.augment.crop, data.image_mean and data.image_std as the teacher's config has them"
+            )
+
+
+def _appearance(preprocess: Preprocess, name: str) -> str:
+    """What a model sees of a modality, in words; the statistics of vectors follow from the samples."""
+    fitted = preprocess.inputs[name]
+    shape = " x ".join(map(str, fitted.spec.shape))
+    return f"{shape} {fitted.kind}" + (
+        f" with mean {fitted.mean} and std {fitted.std}" if isinstance(fitted, ImageInput) else ""
+    )
 
 
 def _dataset(settings: Settings, shards: ShardSet, modalities: list[str]) -> Dataset:
@@ -150,10 +182,11 @@ def assemble(settings: Settings, world: World) -> Job:
     shards = open_shards(settings, world)
     modalities = list(settings.model.modalities)
     if teacher is not None:
+        _check_teacher_task(teacher, shards)
         modalities += [name for name in teacher.config.modalities if name not in modalities]
     dataset = _dataset(settings, shards, modalities)
     if teacher is not None:
-        _check_teacher(teacher, dataset, shards)
+        _check_teacher_data(teacher, dataset)
     plan = Plan(
         n_samples=len(dataset.train_label_N),
         global_batch=settings.batch.global_batch,

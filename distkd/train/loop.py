@@ -19,7 +19,9 @@ from torch import Tensor
 from distkd.base import Batch, StepOutput, World
 from distkd.comm.world import barrier, broadcast_object, gather_objects
 from distkd.data.loader import train_batches
-from distkd.errors import ConfigError, Interrupted, NonFiniteError
+from distkd.data.manifest import Split
+from distkd.errors import ConfigError, DataError, Interrupted, NonFiniteError
+from distkd.files import write_json
 from distkd.metrics.jsonl import MetricsWriter
 from distkd.metrics.meters import Meter, Stopwatch
 from distkd.train import checkpoint
@@ -32,7 +34,6 @@ from distkd.train.progress import Progress
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
 from distkd.train.signals import StopFlag
-from distkd.files import write_json
 
 __all__ = ["train", "train_step"]
 
@@ -57,6 +58,8 @@ def train(settings: Settings, world: World, *, allow_change: bool = False) -> Pa
             fit(run, stop_flag)
             finish(run)
         except BaseException as error:
+            if isinstance(error, DataError):
+                error.local = True  # a sample that only this rank reads; the others notice that it is gone
             run.close(error)
             raise
         run.close(None)
@@ -84,21 +87,21 @@ class Run:
         return self.folder / "checkpoints"
 
     def open(self) -> None:
-        """Make the folder, or go on from its newest checkpoint."""
+        """Make the folder, or go on from its newest checkpoint; what is refused leaves it as it was."""
         job, settings = self.job, self.job.settings
         self.attempt = self.events.attempt()
-        if job.world.is_main:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_config(settings)
-            write_json(self.folder / "environment.json", environment(settings, job.world, data=job.dataset.provenance()))
-            (self.folder / "outcome.json").unlink(missing_ok=True)
-        barrier(job.world)
         found = checkpoint.find_latest(self.checkpoints, job.world)
         if found is not None:
             self._check_resumable(found)
             self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
             self.step = checkpoint.read_meta(found)["step"]
+        barrier(job.world)
         if job.world.is_main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_config(settings)
+            about = environment(settings, job.world, data=job.dataset.provenance())
+            write_json(self.folder / "environment.json", about)
+            (self.folder / "outcome.json").unlink(missing_ok=True)
             self.writer = MetricsWriter(self.folder / "metrics.jsonl")
             self.writer.truncate_after(self.step)
             self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
@@ -109,13 +112,19 @@ class Run:
         together = _samples_per_pass(job)
         if meta["samples_per_pass"] != together:
             raise ConfigError(
-                f"checkpoint {found.name} was trained with {meta['samples_per_pass']} samples per pass over all ranks, now "
-                f"there are {together}; batch statistics and agreement would change: set --batch.micro_batch "
+                f"checkpoint {found.name} was trained with {meta['samples_per_pass']} samples per pass over all ranks, "
+                f"now there are {together}; batch statistics and agreement would change: set --batch.micro_batch "
                 f"{max(1, meta['samples_per_pass'] // job.world.size)} or leave it out"
             )
         if meta["split_digest"] != split_digest(job.dataset):
             raise ConfigError(
-                f"checkpoint {found.name} was trained on other samples than data.shards holds now; use another --run.name"
+                f"checkpoint {found.name} was trained on other samples than {job.dataset.folder} holds now; "
+                "use another --run.name"
+            )
+        if meta["teacher"] != (None if job.teacher is None else job.teacher.card["sha256"]):
+            raise ConfigError(
+                f"checkpoint {found.name} was trained with another teacher than {job.settings.teacher.export} is now; "
+                "put that one back, or use another --run.name"
             )
 
     def record(self, **values: Any) -> None:
@@ -180,7 +189,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
                 step, passes = next(batches)
             assert step == run.step, (step, run.step)
             out, norm = train_step(job, passes, watch)
-            meter.add({"loss": out.loss, "grad_norm": norm, **_prefixed("parts", out.parts), **_prefixed("gauges", out.gauges)})
+            measure(meter, out, norm)
             guard.watch(step, out.loss, norm)
             run.step += 1
 
@@ -190,7 +199,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
             stop = False
             if run.step % config.log_every == 0 or checkpoint_due or ended_epoch:
                 means, asked = meter.reduce(job.world, int(stop_flag.received is not None))
-                guard.check()
+                guard.check(means["loss"])
                 publish(run, means, watch)
                 stop = asked > 0
             if ended_epoch and run.step // plan.steps_per_epoch % config.eval_every == 0:
@@ -202,8 +211,11 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
                 raise Interrupted(f"stopped by a signal after step {run.step} of {plan.n_steps}; start again to go on")
 
 
-def _prefixed(prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}:{name}": value for name, value in values.items()}
+def measure(meter: Meter, out: StepOutput, norm: Tensor) -> None:
+    """Hand a step's scalars to the meter; they stay on the device."""
+    parts = {f"parts:{name}": value for name, value in out.parts.items()}
+    gauges = {f"gauges:{name}": value for name, value in out.gauges.items()}
+    meter.add({"loss": out.loss, "grad_norm": norm, **parts, **gauges})
 
 
 def publish(run: Run, means: dict[str, float], watch: Stopwatch) -> None:
@@ -245,7 +257,7 @@ def validate(run: Run) -> None:
     run.job.method.after_eval(report.metrics, run.job.world)
 
 
-def score(job: Job, split: str) -> SplitReport | None:
+def score(job: Job, split: Split) -> SplitReport | None:
     """Evaluate the student as it stands; None where the fold has no such split."""
     if len(job.dataset.split_samples(split)) == 0:
         return None
@@ -297,21 +309,24 @@ def finish(run: Run) -> None:
         selected = "best"
         weights = run.best.weights if job.world.is_main else None
         job.method.student.load_state_dict(_from_main(weights, job))
-    about = {"method": settings.method.name, "fold": job.dataset.fold, "seed": settings.run.seed, "run": settings.run.name}
+    run_name = settings.run.name
+    about = {"method": settings.method.name, "fold": job.dataset.fold, "seed": settings.run.seed, "run": run_name}
     selection = {
         "selected": selected,
         "step": run.best.step if selected == "best" else run.step,
         "select_metric": settings.eval.metric if selected == "best" else None,
     }
     if job.world.is_main:
+        trained_on = {"split_digest": split_digest(job.dataset), "shards": str(job.dataset.folder)}
         write_export(
             run.folder / "export",
             job.method.student.state_dict(),
             config=settings.model,
             dataset=job.dataset,
-            about={**about, "selection": selection, "split_digest": split_digest(job.dataset), "shards": str(job.dataset.folder)},
+            about={**about, "selection": selection, **trained_on},
         )
-    for split in ("val", "test"):
+    held_out: tuple[Split, ...] = ("val", "test")
+    for split in held_out:
         report = score(job, split)
         if report is not None and job.world.is_main:
             write_report(run.folder, report, about | {"selection": selection})
@@ -329,7 +344,7 @@ def _from_main(weights: dict[str, Tensor] | None, job: Job) -> dict[str, Tensor]
 class FiniteGuard:
     """Notices the first step whose loss or gradient is not finite, without asking the device at every step.
 
-    The gradient is averaged over ranks, so all ranks find the same step and stop together.
+    The gradient is averaged over ranks and so is the loss when it is read, so all ranks find it together.
     """
 
     def __init__(self, job: Job):
@@ -339,32 +354,38 @@ class FiniteGuard:
     def watch(self, step: int, loss: Tensor, norm: Tensor) -> None:
         self.recent.append((step, loss.detach(), norm))
 
-    def check(self) -> None:
-        """Called where the host waits anyway.
+    def check(self, mean_loss: float) -> None:
+        """Called where the host waits anyway, with the mean loss of the watched steps over all ranks.
 
         Raises:
             NonFiniteError: on all ranks at once, naming the step, the ranks and their samples.
         """
         recent, self.recent = self.recent, []
         norms = torch.stack([norm for _, _, norm in recent]).isfinite().tolist()
-        if all(norms):
+        if all(norms) and math.isfinite(mean_loss):
             return
-        step, loss, _ = recent[norms.index(False)]
+        losses = [math.isfinite(loss.item()) for _, loss, _ in recent]
         job = self.job
-        mine = [] if math.isfinite(loss.item()) else _suspects(job, step)
-        per_rank = gather_objects(mine, job.world)
-        ranks = [rank for rank, suspects in enumerate(per_rank) if suspects]
-        names = [name for suspects in per_rank for name in suspects]
+        bad = [step for (step, _, _), *finite in zip(recent, norms, losses, strict=True) if not all(finite)]
+        step = min(steps[0] for steps in gather_objects(bad, job.world) if steps)
+        here = not losses[[number for number, _, _ in recent].index(step)]
+        bad_inputs, samples = _suspects(job, step) if here else ([], [])
+        per_rank = gather_objects((bad_inputs, samples), job.world)
+        # batch statistics carry a bad sample's NaN to all ranks: where one is found, the others are innocent
+        known = [inputs for inputs, _ in per_rank]
+        per_rank = known if any(known) else [names for _, names in per_rank]
+        ranks = ", ".join(str(rank) for rank, names in enumerate(per_rank) if names)
+        names = [name for some in per_rank for name in some]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         where = f"rank {ranks}, samples {shown}" if names else "in the gradient only, on no single rank"
         raise NonFiniteError(
-            f"loss or gradient is not finite at step {step}: {where}; look at these samples, lower optim.lr or set "
-            "optim.clip; the last checkpoint is from before"
+            f"loss or gradient is not finite at step {step}: {where}; look at these samples, or lower optim.lr or set "
+            "optim.clip and pass --allow-change; the last checkpoint is from before"
         )
 
 
-def _suspects(job: Job, step: int) -> list[str]:
-    """Keys of this rank's samples of a step; only those with values that are not finite, where there are any."""
+def _suspects(job: Job, step: int) -> tuple[list[str], list[str]]:
+    """Keys of this rank's samples of a step: those with values that are not finite, and all."""
     samples: list[int] = []
     for number in range(job.passes):
         positions = job.plan.local_positions(step, number, job.passes, job.world)
@@ -374,7 +395,5 @@ def _suspects(job: Job, step: int) -> list[str]:
     for view in batch.views:
         for values in view.values():
             finite_B &= torch.isfinite(values.flatten(1)).all(dim=1)
-    bad = [sample for sample, finite in zip(samples, finite_B.tolist(), strict=True) if not finite]
-    return [job.dataset.describe(sample)["key"] for sample in bad or samples]
-
-
+    keys = [job.dataset.describe(sample)["key"] for sample in samples]
+    return [key for key, finite in zip(keys, finite_B.tolist(), strict=True) if not finite], keys

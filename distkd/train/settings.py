@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny
+from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, StringConstraints, field_validator
 
 from distkd.base import StrictConfig, World
 from distkd.data.dataset import DataConfig
+from distkd.data.manifest import closest
 from distkd.engines import EngineConfig, OptimConfig
 from distkd.errors import ConfigError
 from distkd.methods import MethodConfig
+from distkd.metrics import METRICS
 from distkd.models.build import ModelConfig
 
 __all__ = ["BatchConfig", "EvalConfig", "RunConfig", "Settings", "TeacherConfig"]
@@ -22,7 +24,7 @@ class RunConfig(StrictConfig):
 
     root: Path = Path("runs")
     """Folder of all runs."""
-    name: str = "run"
+    name: Annotated[str, StringConstraints(min_length=1)] = "run"
     """Folder of this run below `root`; `{fold}` and `{seed}` stand for the run's own."""
     seed: int = 0
     """Source of every random draw."""
@@ -80,7 +82,7 @@ class TeacherConfig(StrictConfig):
     """Where the frozen teacher comes from."""
 
     export: str | None = None
-    """A run or export folder, or the bare name of a run below `run.root`; `{fold}` and `{seed}` stand for the run's own."""
+    """A run or export folder, or the bare name of a run below `run.root`, with the same placeholders as `run.name`."""
 
 
 class EvalConfig(StrictConfig):
@@ -94,6 +96,13 @@ class EvalConfig(StrictConfig):
     """Level of the headline metrics: single samples, groups such as regions of interest, or patients."""
     patient_rule: Literal["mean", "max"] = "mean"
     """A patient's prediction: mean of the groups' probabilities, or each class's largest log-probability."""
+
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, metric: str) -> str:
+        if metric not in METRICS:
+            raise ConfigError(f"unknown metric{closest(metric, METRICS)}")
+        return metric
 
 
 class Settings(StrictConfig):

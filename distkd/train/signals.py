@@ -1,4 +1,4 @@
-"""A polite stop: a signal sets a flag, the ranks agree on it at a step boundary, a checkpoint is written, exit code 3."""
+"""A polite stop: a signal sets a flag, the ranks agree on it at a step boundary and write a checkpoint; exit code 3."""
 
 from __future__ import annotations
 

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from distkd.base import Batch, InputSpec, World
-from distkd.data.manifest import MANIFEST
+from distkd.data.manifest import MANIFEST, Split
 from distkd.data.transform import Preprocess
 from distkd.data.wds import ShardSet
-from distkd.errors import DataError
+from distkd.errors import ConfigError, DataError
 from distkd.files import atomic_folder
 from distkd.metrics.predictions import Predictions, write_predictions
 from distkd.train.evaluate import evaluate, write_report
 from distkd.train.export import Export, find_export, load_export
-from distkd.train.job import dataset_of
+from distkd.train.job import dataset_of, split_digest
 from distkd.train.settings import Settings
 
 __all__ = ["copy_export", "evaluate_run", "predict_files"]
@@ -29,15 +29,23 @@ __all__ = ["copy_export", "evaluate_run", "predict_files"]
 IMAGES = {".png", ".jpg", ".jpeg"}
 
 
-def evaluate_run(settings: Settings, run: Path, split: str) -> dict[str, float]:
+def evaluate_run(settings: Settings, run: Path, split: Split) -> dict[str, float]:
     """Score a run's exported student on a split; writes `eval/<split>.json` and the predictions, returns the metrics.
 
     Raises:
         CheckpointError: the run has no export.
+        ConfigError: the samples that the fold trains on are not those that the run was trained on.
         DataError: the split is empty.
     """
     export, world = load_export(run), World()
     dataset = dataset_of(settings, world, list(export.config.modalities))
+    if export.card["split_digest"] != split_digest(dataset):
+        raise ConfigError(
+            f"run {run} was trained on other samples (fold {export.card['fold']} of {export.card['shards']}) than fold "
+            f"{dataset.fold} of {dataset.folder} trains on, so split {split!r} may hold some of them; score the run's own "
+            "fold, or use `distkd predict` on other data"
+        )
+    dataset.preprocess = export.preprocess
     model = export.load()
     report = evaluate(
         lambda batch: model(batch).logits_BC,
@@ -56,11 +64,18 @@ def evaluate_run(settings: Settings, run: Path, split: str) -> dict[str, float]:
 
 
 def copy_export(run: Path, output: Path | None) -> Path:
-    """The export folder of a run, copied to `output` where one is given; its digest is checked."""
+    """The export folder of a run, copied to `output` where one is given; its digest is checked.
+
+    Raises:
+        ConfigError: `output` holds something else than an export, which would be lost.
+    """
     export = load_export(run)
     export.load()
     if output is None or output.resolve() == export.folder.resolve():
         return export.folder
+    ours = {path.name for path in export.folder.iterdir()}
+    if output.is_file() or (output.is_dir() and {path.name for path in output.iterdir()} - ours):
+        raise ConfigError(f"output {output} exists and is no export; name a new folder with --output")
     with atomic_folder(output) as aside:
         for path in export.folder.iterdir():
             shutil.copy2(path, aside / path.name)
@@ -71,22 +86,30 @@ def copy_export(run: Path, output: Path | None) -> Path:
 def predict_files(source: Path, inputs: Sequence[Path], output: Path) -> Path:
     """Predict raw inputs with the preprocessing that the student was trained with; writes `predictions.csv`.
 
-    Inputs are shard sets, or, for a student of one modality, image files, `.npy` arrays with one row per item, or `.csv`
-    tables with a header of feature names and an optional first column `key`.
+    Inputs are shard sets, or, for a student of one modality, image files, `.npy` arrays with one row per item, or
+    `.csv` tables with a header of feature names and an optional first column `key`; an empty cell is a missing value.
 
     Raises:
         DataError: an input that the student cannot take, and what it takes.
     """
     export = load_export(find_export(source))
     model, preprocess = export.load(), export.preprocess
-    keys: list[str] = []
+    origin: dict[str, Path] = {}
     rows: list[np.ndarray] = []
     for path in inputs:
         for key, values in _items(path, export):
-            made = {name: torch.as_tensor(array)[None] for name, array in preprocess.apply(values).items()}
+            if key in origin:
+                raise DataError(f"two items have the key {key!r}: in {origin[key]} and in {path}; rename one")
+            try:
+                made = {name: torch.as_tensor(array)[None] for name, array in preprocess.apply(values).items()}
+            except DataError as error:
+                raise DataError(f"{path}, item {key!r}: {error}") from error
             log_p = model(_batch_of_one(made, export)).logits_BC.double().log_softmax(dim=-1)
-            keys.append(key)
+            origin[key] = path
             rows.append(log_p.exp().numpy()[0])
+    if not rows:
+        raise DataError(f"no item in {', '.join(map(str, inputs))}; give {_accepted(export)}")
+    keys = list(origin)
     predictions = Predictions(
         key=keys,
         patient=[""] * len(keys),
@@ -95,9 +118,11 @@ def predict_files(source: Path, inputs: Sequence[Path], output: Path) -> Path:
         probability_NC=np.stack(rows),
         class_names=export.class_names,
     )
-    output.mkdir(parents=True, exist_ok=True)
     path = output / "predictions.csv"
-    write_predictions(path, predictions)
+    try:
+        write_predictions(path, predictions)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; name another folder with --output") from error
     return path
 
 
@@ -128,10 +153,7 @@ def _items(path: Path, export: Export) -> Iterator[tuple[str, dict[str, np.ndarr
         for key, row in _read_table(path, spec, export.preprocess, name):
             yield key, {name: row}
     elif spec.kind == "vector" and suffix == ".npy":
-        table = np.atleast_2d(np.load(path, allow_pickle=False))
-        if table.ndim != 2 or table.shape[1] != spec.shape[0]:
-            raise DataError(f"{path} has shape {table.shape}, the student expects (items, {spec.shape[0]}) of {name!r}")
-        for number, row in enumerate(table):
+        for number, row in enumerate(_read_array(path, spec, name)):
             yield f"{path.stem}-{number}", {name: row.astype(np.float32)}
     else:
         raise DataError(f"the student cannot take {path}; give {_accepted(export)}")
@@ -155,16 +177,36 @@ def _read_image(path: Path, spec: InputSpec) -> np.ndarray:
     return pixels
 
 
+def _read_array(path: Path, spec: InputSpec, name: str) -> np.ndarray:
+    try:
+        table = np.atleast_2d(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:  # a pickle inside is a ValueError
+        raise DataError(f"{path} cannot be read: {error}; give a plain array of numbers") from error
+    if table.ndim != 2 or table.shape[1] != spec.shape[0] or table.dtype.kind not in "fiub":
+        raise DataError(
+            f"{path} has {table.dtype} values of shape {table.shape}, the student expects numbers of shape "
+            f"(items, {spec.shape[0]}) of {name!r}"
+        )
+    return table
+
+
 def _read_table(path: Path, spec: InputSpec, preprocess: Preprocess, name: str) -> Iterator[tuple[str, np.ndarray]]:
     features = getattr(preprocess.inputs[name], "features", None) or [str(i) for i in range(spec.shape[0])]
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [feature for feature in features if feature not in (reader.fieldnames or [])]
-        if missing:
-            raise DataError(f"{path} lacks {len(missing)} columns that the student needs, first {missing[:3]}")
-        for number, row in enumerate(reader):
-            try:
-                values = [float(row[feature] or "nan") for feature in features]
-            except ValueError as error:
-                raise DataError(f"{path}, line {number + 2}: {error}; empty means missing") from error
-            yield row.get("key") or f"{path.stem}-{number}", np.array(values, dtype=np.float32)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            lines = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}; give a table in UTF-8 with commas") from error
+    missing = [feature for feature in features if feature not in header]
+    if missing:
+        raise DataError(f"{path} lacks {len(missing)} columns that the student needs, first {missing[:3]}")
+    for number, (line, row) in enumerate(lines):
+        if None in row or None in row.values():
+            raise DataError(f"{path}, line {line}: the number of cells is not that of the header ({len(header)})")
+        try:
+            values = [float(row[feature] or "nan") for feature in features]
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: {error}; empty means missing") from error
+        yield row.get("key") or f"{path.stem}-{number}", np.array(values, dtype=np.float32)

@@ -190,15 +190,21 @@ def test_two_nodes_meet_and_share_out_the_ranks(launch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_to_the_script_reaches_the_ranks_and_the_code_is_3(launch, number):
-    command = launch.command("workstation.sh", "--nproc", "2", "a.yaml", "wait")
-    with subprocess.Popen(command, cwd=launch.folder, env=launch.environ, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline().strip() for _ in range(2)]
-        assert lines == ["ready", "ready"]
-        process.send_signal(number)
-        rest = process.stdout.read().split("\n")
+    process = subprocess.Popen(
+        launch.command("workstation.sh", "--nproc", "2", "a.yaml", "wait"),
+        cwd=launch.folder,
+        env=launch.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 3
-    assert rest.count(f"stopped by {number.name}") == 2
+    assert out == f"stopped by {number.name}\n" * 2
+    assert err == ""
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["end=0"], 0), (["end=2"], 2), (["raise=2"], 2), (["raise=0"], 0)])

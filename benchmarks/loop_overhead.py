@@ -1,0 +1,96 @@
+"""The loop, with metrics, banks, agreement, timings and the non-finite guard, against a loop written by hand.
+
+Target: at most 1.05 x. Both take the same steps of the same DC-Distill model on the same batches, made beforehand; the
+hand-written side calls the method and torch's optimizer and nothing else. `--model tiny` shows the framework's own cost,
+`--model resnet18` what it amounts to in a real step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import compare, report
+from distkd.base import Batch, World
+from distkd.config import settings_class
+from distkd.data.loader import train_batches
+from distkd.data.make import make_shards
+from distkd.metrics.meters import Meter, Stopwatch
+from distkd.train.job import Job, assemble
+from distkd.train.loop import FiniteGuard, measure, train, train_step
+from distkd.train.settings import Settings
+
+
+def settings(root: Path, model: str, *, teacher: bool) -> Settings:
+    """A run on the default synthetic set."""
+    encoder = {"name": "cnn"} if model == "tiny" else {"name": "resnet18"}
+    method: dict[str, Any] = {"name": "supervised"}
+    if not teacher:
+        method = {"name": "dc_distill", "positives": 40, "negatives": 120, "keep_negative": 80}
+    return settings_class(method["name"]).model_validate(
+        {
+            "run": {"root": str(root), "name": "teacher" if teacher else "student", "epochs": 1 if teacher else 1000},
+            "method": method,
+            "model": {"modalities": ["path"], "encoders": {"path": encoder}, "norm": "group"},
+            "teacher": {"export": None if teacher else "teacher"},
+            "data": {"make": "synthetic"},
+            "batch": {"global_batch": 32},
+            "eval": {"select": "last"},
+        }
+    )
+
+
+def by_hand(job: Job, batches: list[Batch]) -> None:
+    """What a researcher would write: forward, backward, step, banks."""
+    optimizer = job.engine.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+    for batch in batches:
+        out = job.method.step(job.forward, batch, job.world)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        job.method.after_step(out, job.world)
+
+
+def by_loop(job: Job, batches: list[Batch], log_every: int) -> None:
+    """The body of `train.loop.fit` between two evaluations."""
+    meter, watch, guard = Meter(job.device), Stopwatch(), FiniteGuard(job)
+    for number, batch in enumerate(batches):
+        out, norm = train_step(job, [batch], watch)
+        measure(meter, out, norm)
+        guard.watch(batch.step, out.loss, norm)
+        if (number + 1) % log_every == 0:
+            meter.reduce(job.world, 0)
+            guard.check()
+            watch.read()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("tiny", "resnet18"), default="tiny")
+    parser.add_argument("--steps", type=int, default=20, help="steps of one turn")
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_shards("synthetic", root / "shards" / "synthetic")
+        train(settings(root, arguments.model, teacher=True), World())
+        job = assemble(settings(root, arguments.model, teacher=False), World())
+        job.method.trainable.train()
+        stream = train_batches(job.dataset, job.plan, World(), 1)
+        batches = [next(stream)[1][0].to(job.device, job.dtype) for _ in range(arguments.steps)]
+        stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+        sides = compare(
+            {"loop": lambda: by_loop(job, batches, 10), "by_hand": lambda: by_hand(job, batches)},
+            repeats=arguments.repeats,
+        )
+    ratios = {"loop / by_hand": sides["loop"]["processor_s"] / sides["by_hand"]["processor_s"]}
+    report("loop_overhead", sides, ratios, model=arguments.model, steps=arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
