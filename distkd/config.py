@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, cast
 
@@ -152,8 +153,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+@cache
 def settings_class(method: str) -> type[Settings]:
-    """`Settings` whose `method` section is that of one method."""
+    """`Settings` whose `method` section is that of one method; one class each, so that equal settings compare equal."""
     return create_model("Settings", __base__=Settings, method=(methods.config_class(method), ...))
 
 
@@ -245,7 +247,7 @@ def _location(loc: Sequence[int | str], raw: Any, *, missing: bool) -> list[int 
     for number, part in enumerate(loc):
         if isinstance(here, dict) and part in here:
             here = cast(dict[Any, Any], here)[part]
-        elif isinstance(here, list) and isinstance(part, int):
+        elif isinstance(here, list) and isinstance(part, int) and part < len(cast(list[Any], here)):
             here = cast(list[Any], here)[part]
         elif not (missing and number == len(loc) - 1):
             continue

@@ -13,6 +13,7 @@ from distkd.data.make import make_shards
 from distkd.train.loop import train
 from tests.laws.common import law_config, settings_of
 from tests.pool import JOB_TIMEOUT_S, SIZES, Pool, Ranks
+from tests.small import Small, make_small
 
 # hypothesis asserts times by default; shared machines do not keep them
 settings.register_profile("distkd", deadline=None)
@@ -53,3 +54,9 @@ def root(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = law_config("supervised", shards, root, run={"name": "teacher", "epochs": 1})
     train(settings_of(config), World())
     return root
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """Tiny shards and a finished run of each kind, in a second."""
+    return make_small(tmp_path_factory.mktemp("small"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from distkd.base import Batch, World
@@ -22,7 +22,7 @@ _AHEAD = 2
 
 def train_batches(
     dataset: Dataset, plan: Plan, world: World, passes: int, start_step: int = 0
-) -> Iterator[tuple[int, list[Batch]]]:
+) -> Generator[tuple[int, list[Batch]], None, None]:
     """(step, batches of its passes) of this rank, from `start_step` to the end of the run.
 
     Closing the iterator ends its thread; what fails in the thread is raised here.
@@ -57,7 +57,7 @@ class _End:
         self.error = error
 
 
-def _ahead(make: Callable[[], Iterable[T]], *, threaded: bool) -> Iterator[T]:
+def _ahead(make: Callable[[], Iterable[T]], *, threaded: bool) -> Generator[T, None, None]:
     if not threaded:
         yield from make()
         return

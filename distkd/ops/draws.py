@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["fold_in", "integer_key", "mix", "text_key", "uniform"]
+__all__ = ["fold_in", "integer_key", "mix", "text_key", "uniform", "words"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1 = 0xBF58476D1CE4E5B9
@@ -56,6 +56,18 @@ def fold_in(key: Tensor, number: Tensor | int) -> Tensor:
     # a multiple of the golden ratio, not the bare number: keys and numbers that both count up must not meet
     step = _signed(_GOLDEN * (number + 1)) if isinstance(number, int) else (number + 1) * _signed(_GOLDEN)
     return mix(key + step)
+
+
+def words(key: Tensor, n: int) -> Tensor:
+    """`n` random int32 words for each key, all values equally likely; two words cost one hash.
+
+    Where order or a threshold is all that matters this is several times faster than `uniform`.
+
+    Returns:
+        Shape (..., n).
+    """
+    pair = torch.arange((n + 1) // 2, device=key.device, dtype=torch.int64)
+    return fold_in(key.unsqueeze(-1), pair).view(torch.int32)[..., :n]
 
 
 def uniform(key: Tensor, n: int, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from distkd.errors import ConfigError
-from distkd.ops.draws import uniform
+from distkd.ops.draws import uniform, words
 
 __all__ = ["Mode", "candidate_rows", "kept_ranks", "select_by_discrepancy"]
 
 Mode = Literal["hard", "mid", "random", "curriculum"]
+
+_LAST = 2**31 - 1
+"""Behind every draw: rows that are not in the pool."""
 
 
 def candidate_rows(
@@ -43,12 +46,12 @@ def candidate_rows(
     Source: card `dc-distill-gk-refine`, section 4.1.
     """
     n_rows = row_label_N.shape[0]
-    draw_BN = uniform(key_B, n_rows)
+    draw_BN = words(key_B, n_rows)
     known_B1 = label_B[:, None] >= 0
     same_BN = (row_label_N == label_B[:, None]) & known_B1
     # another class: known and different for a labelled anchor, anybody else for one without a label
     other_BN = torch.where(known_B1, (row_label_N >= 0) & ~same_BN, _not_self(index_B, n_rows))
-    positive_BP = draw_BN.masked_fill(~same_BN, 2.0).topk(n_positive, dim=1, largest=False).indices
+    positive_BP = draw_BN.masked_fill(~same_BN, _LAST).topk(n_positive, dim=1, largest=False).indices
     positive_BP = torch.where(known_B1, positive_BP, index_B[:, None])
     positive_BP[:, 0] = index_B
     return torch.cat([positive_BP, _negatives(key_B, draw_BN, other_BN, n_negative)], dim=1)
@@ -60,7 +63,7 @@ def _not_self(index_B: Tensor, n_rows: int) -> Tensor:
 
 def _negatives(key_B: Tensor, draw_BN: Tensor, pool_BN: Tensor, n: int) -> Tensor:
     # the pool comes first in order; where it is smaller than n its places are drawn again, with replacement
-    order_BN = draw_BN.masked_fill(~pool_BN, 2.0).topk(min(n, draw_BN.shape[1]), dim=1, largest=False).indices
+    order_BN = draw_BN.masked_fill(~pool_BN, _LAST).topk(min(n, draw_BN.shape[1]), dim=1, largest=False).indices
     pool_B1 = pool_BN.sum(dim=1, keepdim=True)
     rank_BK = torch.arange(n, device=key_B.device).expand(len(key_B), n)
     again_BK = (uniform(key_B ^ 1, n, dtype=torch.float64) * pool_B1).long()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from distkd.ops.draws import fold_in, integer_key, text_key, uniform
+from distkd.ops.draws import fold_in, integer_key, text_key, uniform, words
 
 
 def test_host_and_tensor_keys_are_the_same_numbers():
@@ -44,3 +44,12 @@ def test_precisions_agree():
 def test_names_have_stable_keys():
     assert text_key("teacher") == text_key("teacher") != text_key("mean_teacher")
     assert text_key("") == -3750763034362895579  # the offset basis of FNV-1a, as int64
+
+
+def test_words_are_uniform_and_depend_on_their_key_alone():
+    drawn = words(torch.arange(300), 501)
+    assert drawn.shape == (300, 501)
+    assert torch.equal(drawn[7], words(torch.tensor(7), 501))
+    assert torch.equal(drawn[:, :20], words(torch.arange(300), 20))
+    counts = torch.histc(drawn.double(), 64, -(2**31), 2**31)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-4
