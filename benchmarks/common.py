@@ -1,4 +1,4 @@
-"""Sides taken in turn within one run, and one JSON line with their ratios: these machines' seconds mean nothing alone."""
+"""Sides taken in turn within one run, and one JSON line with their ratios: seconds alone mean nothing here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def compare(sides: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int
     wall: dict[str, list[float]] = {name: [] for name in sides}
     processor: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(-warmup, repeats):
-        order = list(sides) if repeat % 2 else list(reversed(sides))
+        order = list(sides)[:: 1 if repeat % 2 else -1]
         for name in order:
             _wait()
             start, start_processor = time.perf_counter(), time.process_time()
@@ -42,5 +42,11 @@ def report(name: str, sides: Mapping[str, Mapping[str, float]], ratios: Mapping[
     """Print the one line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     rounded = {side: {key: float(f"{value:.4g}") for key, value in figures.items()} for side, figures in sides.items()}
-    line = {"benchmark": name, "device": device, "ratios": {k: round(v, 3) for k, v in ratios.items()}, "sides": rounded, **about}
+    line = {
+        "benchmark": name,
+        "device": device,
+        "ratios": {k: round(v, 3) for k, v in ratios.items()},
+        "sides": rounded,
+        **about,
+    }
     print(json.dumps(line), flush=True)

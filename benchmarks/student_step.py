@@ -62,7 +62,7 @@ class Cached(nn.Module):
 def cache_teachers(method: dc_distill.DCDistill, batch: Batch) -> None:
     with torch.no_grad():
         method.frozen["teacher"] = Cached(method.frozen["teacher"](batch))
-        method.mean_teacher = Cached(method.mean_teacher(batch))  # pyright: ignore
+        method.mean_teacher = Cached(method.mean_teacher(batch))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def reference_step(method: dc_distill.DCDistill, batch: Batch) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "eval", _eval, "metrics and predictions of a run's student")
     evaluate.add_argument("run", type=Path, help="run folder")
-    evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
+    evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
 
     predict = _command(commands, "predict", _predict, "the student on raw files or shards, as the clinic would")
     predict.add_argument("source", type=Path, help="run folder or export folder")
@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", _export, "the student alone, with its preprocessing and class names")
     export.add_argument("run", type=Path, help="run folder")
-    export.add_argument("--format", default="safetensors", choices=("safetensors", "pt2", "onnx"))
+    export.add_argument(
+        "--format", default="safetensors", choices=("safetensors", "pt2", "onnx"), help="default: safetensors"
+    )
     export.add_argument("--output", type=Path, help="folder to write (default: export/ of the run)")
 
     report = _command(commands, "report", _report, "one HTML page and PNGs of a run or a study")
@@ -122,12 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--baseline", metavar="METHOD", help="method to compare with instead of the student alone")
 
     shards = _command(commands, "shards", _shards, "look at a shard set, or check every byte of it")
-    shards.add_argument("action", choices=("info", "verify", "show"))
-    shards.add_argument("folder", type=Path)
+    shards.add_argument("action", choices=("info", "verify", "show"), help="numbers, checksums, or a picture")
+    shards.add_argument("folder", type=Path, help="shard set, with its manifest.json")
     shards.add_argument("--output", type=Path, help="picture that `show` writes (default: samples.png in the folder)")
 
     config = _command(commands, "config", _config, "the resolved config")
-    config.add_argument("config", nargs="?", type=Path)
+    config.add_argument("config", nargs="?", type=Path, help="YAML file")
     config.add_argument("--schema", action="store_true", help="print the JSON schema of config files for editors")
 
     _command(commands, "doctor", _doctor, "what this machine can do; what is missing and the command that fixes it")

@@ -10,7 +10,7 @@ Makes .venv/ with torch at its pin first, then distkd and its development tools 
 
 environment:
   PYTHON        interpreter to use (default: the first of python3, python3.14 ... python3.11 that is 3.11 or newer)
-  TORCH_INDEX   package index for torch alone, for example https://download.pytorch.org/whl/cpu, which saves
+  TORCH_INDEX   package index for torch alone, for example one of CPU builds, which saves
                 some gigabytes on a machine without an NVIDIA GPU
 TEXT
 }
@@ -71,7 +71,7 @@ index=()
 if [[ -n ${TORCH_INDEX:-} ]]; then
     index=(--index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple)
 elif ! command -v nvidia-smi >/dev/null; then
-    echo "no NVIDIA GPU seen: TORCH_INDEX=https://download.pytorch.org/whl/cpu would fetch the small CPU build of torch"
+    echo "no NVIDIA GPU seen: TORCH_INDEX=URL, an index of CPU builds, would save gigabytes of CUDA"
 fi
 echo "installing torch and distkd into .venv: some minutes the first time"
 # torch first and alone: a package that merely asks for torch would bring in the newest one

@@ -6,13 +6,16 @@ feature and to the heads. Nothing is differentiated twice and the wrapped model 
 (`docs/decisions/0001-agreement.md` compares the ways).
 """
 
+# torch leaves the types of some of its results out
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 # Shapes: B samples of this rank, D feature width, L distillation losses; the task loss comes last
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +55,7 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients = ctx.saved_tensors
         return (None, None, *(upstream * g for g in gradients), *(None for _ in gradients))
 
@@ -92,29 +95,34 @@ def agree(
     Source: card `dc-distill-gk-refine`, sections 4.5 and 8.
     """
     losses = [*distillation.values(), task]
-    gradients = _head_gradients(losses, [leaf_BD, *heads])
-    flat_LX = torch.stack([g[0].flatten() for g in gradients])
+    at_leaf, at_heads = _head_gradients(losses, leaf_BD, heads)
+    flat_LX = torch.stack([gradient.flatten() for gradient in at_leaf])
     gram = all_reduce_sum(pack_symmetric(flat_LX @ flat_LX.T), world)
     cosines = cosine_matrix(unpack_symmetric(gram, len(losses)))
     weights = weigh(cosines)
     scale = torch.cat([weights, weights.new_ones(1)])
     total = torch.stack([loss.detach() for loss in losses]) @ scale.to(task.dtype)
-    combined = [_weighted([g[i] for g in gradients], scale) for i in range(1 + len(heads))]
-    combined[0] = (scale @ flat_LX).view_as(leaf_BD)
-    targets = [feature_BD, *heads]
-    used = [(tensor, g.to(tensor.dtype)) for tensor, g in zip(targets, combined, strict=True) if g is not None]
-    loss = _Inject.apply(total, len(used), *(tensor for tensor, _ in used), *(g for _, g in used))
+    combined = [(scale @ flat_LX).view_as(leaf_BD), *(_weighted(gradients, scale) for gradients in at_heads)]
+    used = [(x, g.to(x.dtype)) for x, g in zip([feature_BD, *heads], combined, strict=True) if g is not None]
+    loss = cast(Tensor, _Inject.apply(total, len(used), *(x for x, _ in used), *(g for _, g in used)))
     return Agreement(loss, dict(zip(distillation, weights.unbind(), strict=True)), cosines)
 
 
-def _head_gradients(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """Per loss, its gradient at each input; None where it does not depend on it (zeros at the leaf)."""
-    found: list[list[Tensor | None]] = []
+def _head_gradients(
+    losses: Sequence[Tensor], leaf: Tensor, heads: Sequence[Tensor]
+) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+    """Each loss differentiated once: gradients at the leaf, and per head those of all losses, None where unused."""
+    at_leaf: list[Tensor] = []
+    per_loss: list[tuple[Tensor | None, ...]] = []
     for number, loss in enumerate(losses):
         last = number == len(losses) - 1
-        gradients = list(torch.autograd.grad(loss, inputs, retain_graph=not last, allow_unused=True))
-        found.append([torch.zeros_like(inputs[0]) if gradients[0] is None else gradients[0], *gradients[1:]])
-    return found
+        found = torch.autograd.grad(
+            loss, [leaf, *heads], retain_graph=not last, allow_unused=True, materialize_grads=False
+        )
+        first = cast("Tensor | None", found[0])
+        at_leaf.append(torch.zeros_like(leaf) if first is None else first)
+        per_loss.append(found[1:])
+    return at_leaf, list(zip(*per_loss, strict=True))
 
 
 def _weighted(gradients: Sequence[Tensor | None], scale: Tensor) -> Tensor | None:

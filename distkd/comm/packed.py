@@ -1,5 +1,8 @@
 """Several tensors of equal length gathered in one collective, bit for bit."""
 
+# torch leaves the types of some of its results out
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 # Shapes: B rows of this rank, G rows of all ranks in rank order
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ def all_gather_packed(tensors: Mapping[str, Tensor], world: World) -> dict[str, 
     """
     if world.size == 1:
         return {name: tensor.detach() for name, tensor in tensors.items()}
-    columns = [tensor.detach().contiguous().flatten(1) if tensor.dim() > 1 else tensor[:, None] for tensor in tensors.values()]
+    columns = [
+        tensor.detach().contiguous().flatten(1) if tensor.dim() > 1 else tensor[:, None] for tensor in tensors.values()
+    ]
     as_bytes = [column.contiguous().view(torch.uint8) for column in columns]
     gathered = all_gather_rows(torch.cat(as_bytes, dim=1), world)
     widths = [part.shape[1] for part in as_bytes]

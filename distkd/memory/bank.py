@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,12 @@ class Normaliser(nn.Module):
         self.register_buffer("log_z", torch.full((), math.nan, dtype=torch.float64))
         self._known = False  # host twin of `log_z`, so that no step asks the device
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._known = not math.isnan(self.log_z.item())
 
     @torch.no_grad()
-    def __call__(self, score_BM: Tensor, rows: int, world: World) -> Tensor:  # type: ignore[override]
+    def __call__(self, score_BM: Tensor, rows: int, world: World) -> Tensor:
         """log Z for these scores, scalar in their dtype.
 
         Collectives: one all-reduce of two numbers at the first call, none later.

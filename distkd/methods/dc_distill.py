@@ -58,7 +58,7 @@ class Config(MethodConfig):
     """Divide the agreement weights by their mean absolute value."""
     contrast_temperature: PositiveFloat = 0.07
     """Divisor of the cosines, unitless."""
-    bank_momentum: float = Field(0.5, ge=0, lt=1)
+    bank_momentum: float = Field(default=0.5, ge=0, lt=1)
     """Share of the old row when a bank row is updated."""
     embedding_dim: PositiveInt = 128
     """Width of the projected embeddings and of the banks."""
@@ -74,7 +74,7 @@ class Config(MethodConfig):
     """Which places in the order of discrepancy the kept positives have."""
     direction: Literal["paper", "released"] = "paper"
     """Sign of the discrepancy; the released code has it the other way round than the paper's figure."""
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Upper bound of the mean teacher's memory; it starts at 0 and grows as 1 - 1 / (step + 1)."""
     teacher_mode: Literal["eval", "train"] = "eval"
     """`train` leaves dropout and batch statistics of the frozen teacher on, as the released code does."""

@@ -30,7 +30,7 @@ class Config(MethodConfig):
     name: Literal["dc_teacher"] = "dc_teacher"
     kd_weight: NonNegativeFloat = 1.0
     """Weight of the divergence of each head from its mean teacher; no ramp-up."""
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Upper bound of the mean teacher's memory; it starts at 0 and grows as 1 - 1 / (step + 1)."""
     l1: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
     """Modality to weight of the L1 norm of all parameters of its network, head included (3e-4 on the omics)."""

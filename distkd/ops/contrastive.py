@@ -1,5 +1,8 @@
 """Contrast of anchors with rows of a memory bank, in log space, with positives and negatives by column."""
 
+# torch leaves the types of some of its results out
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 # Shapes: B anchors of this rank, D embedding, N bank rows, J candidate columns, P positive and M kept columns
 
 from __future__ import annotations

@@ -95,17 +95,26 @@ class Run:
             self._check_resumable(found)
             self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
             self.step = checkpoint.read_meta(found)["step"]
-        barrier(job.world)
+        failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
+        if failure is not None:
+            raise failure
         if job.world.is_main:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_config(settings)
-            about = environment(settings, job.world, data=job.dataset.provenance())
-            write_json(self.folder / "environment.json", about)
-            (self.folder / "outcome.json").unlink(missing_ok=True)
             self.writer = MetricsWriter(self.folder / "metrics.jsonl")
             self.writer.truncate_after(self.step)
             self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
+
+    def _make_folder(self) -> ConfigError | None:
+        job = self.job
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_config(job.settings)
+            about = environment(job.settings, job.world, data=job.dataset.provenance())
+            write_json(self.folder / "environment.json", about)
+            (self.folder / "outcome.json").unlink(missing_ok=True)
+        except OSError as error:
+            return ConfigError(f"cannot write run folder {self.folder}: {error.strerror}; choose another --run.root")
+        return None
 
     def _check_resumable(self, found: Path) -> None:
         job, meta = self.job, checkpoint.read_meta(found)

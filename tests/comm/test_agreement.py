@@ -44,9 +44,7 @@ def test_weights_total_and_gradient_at_the_feature_are_golden():
     leaf = leaf_of(feature)
     task, distillation = _golden_losses(leaf)
     assert list(distillation) == CASE["order"][:4]
-    found = agree(
-        task, distillation, feature_BD=feature, leaf_BD=leaf, heads=[], weigh=row_sum_weights, world=World()
-    )
+    found = agree(task, distillation, feature_BD=feature, leaf_BD=leaf, heads=[], weigh=row_sum_weights, world=World())
     found.loss.backward()
     losses = torch.stack([*distillation.values(), task]).detach()
     torch.testing.assert_close(losses, tensor(CASE["losses"]), **CLOSE)

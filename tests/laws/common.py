@@ -38,7 +38,10 @@ def law_config(method: str, shards: Path, root: Path, **overrides: Any) -> dict[
         "method": {"name": method, **SMALL.get(method, {})},
         "model": {**(student if kind.needs_teacher else both), "feature_dim": 12, "dropout": 0.2, "norm": "sync"},
         "teacher": {"export": "teacher" if kind.needs_teacher else None},
-        "data": {"shards": str(shards), "augment": {"hflip": 0.5, "vflip": 0.5, "brightness": 0.2, "vector_noise": 0.05}},
+        "data": {
+            "shards": str(shards),
+            "augment": {"hflip": 0.5, "vflip": 0.5, "brightness": 0.2, "vector_noise": 0.05},
+        },
         "batch": {"global_batch": 16},
         "optim": {"lr": 3e-3, "weight_decay": 1e-3, "clip": 5.0},
         "engine": {"precision": "fp64", "device": "cpu"},
@@ -104,4 +107,6 @@ def _count_backwards(job: Job) -> list[int]:
 def equal_up_to(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            tensor, b[name], atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )

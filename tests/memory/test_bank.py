@@ -35,10 +35,8 @@ def _write_steps(world: World, passes: int) -> torch.Tensor:
         index = torch.randint(0, 20, (8,), generator=generator)
         rows = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator, dtype=torch.float64), dim=1)
         micro = 8 // (passes * world.size)
-        mine = torch.cat(
-            [torch.arange(p * micro * world.size + world.rank * micro, p * micro * world.size + (world.rank + 1) * micro)
-             for p in range(passes)]
-        )  # fmt: skip
+        first = [(number * world.size + world.rank) * micro for number in range(passes)]
+        mine = torch.cat([torch.arange(start, start + micro) for start in first])
         write_gathered({"b": bank}, {"index": index[mine], "b": rows[mine]}, momentum=0.5, passes=passes, world=world)
     return bank.rows_ND
 

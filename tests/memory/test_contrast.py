@@ -61,8 +61,12 @@ def test_two_steps_are_golden(direction: str, mode: str):
         torch.testing.assert_close(feature.grad, tensor(expected["grad_feat_student"]), **CLOSE)
         torch.testing.assert_close(weight_s.grad, tensor(expected["grad_embed_s_weight"]), **CLOSE)
         torch.testing.assert_close(weight_t.grad, tensor(expected["grad_embed_t_weight"]), **CLOSE)
-        torch.testing.assert_close(contrast.student.rows_ND[index], tensor(expected["bank_student_rows_after"]), **CLOSE)
-        torch.testing.assert_close(contrast.teacher.rows_ND[index], tensor(expected["bank_teacher_rows_after"]), **CLOSE)
+        torch.testing.assert_close(
+            contrast.student.rows_ND[index], tensor(expected["bank_student_rows_after"]), **CLOSE
+        )
+        torch.testing.assert_close(
+            contrast.teacher.rows_ND[index], tensor(expected["bank_teacher_rows_after"]), **CLOSE
+        )
         for normaliser, name in ((contrast.student_z, "student"), (contrast.teacher_z, "teacher")):
             assert normaliser.log_z.exp().item() == pytest.approx(expected[f"Z_{name}_query"], rel=1e-10)
 

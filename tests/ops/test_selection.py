@@ -27,7 +27,7 @@ def test_positives_are_of_the_class_and_negatives_of_another(index: int, key: in
     assert {LABELS[row].item() for row in positive} == {LABELS[index].item()}
     assert len(set(positive[1:])) == len(positive) - 1
     assert all(LABELS[row] >= 0 and LABELS[row] != LABELS[index] for row in negative)
-    pool = int(((LABELS >= 0) & (LABELS != LABELS[index])).sum())
+    pool = int(((LABELS >= 0) & (LABELS[index] != LABELS)).sum())
     assert len(negative) == negatives
     assert len(set(negative)) == negatives if negatives <= pool else True
 
@@ -40,9 +40,7 @@ def test_an_unlabelled_anchor_knows_itself_alone():
 
 def test_draws_are_uniform_over_the_class_and_over_the_others():
     keys = torch.arange(3000)
-    rows = candidate_rows(
-        keys, torch.zeros_like(keys), torch.zeros_like(keys), LABELS, n_positive=3, n_negative=4
-    )
+    rows = candidate_rows(keys, torch.zeros_like(keys), torch.zeros_like(keys), LABELS, n_positive=3, n_negative=4)
     for drawn, pool in ((rows[:, 1:3], LABELS == 0), (rows[:, 3:], LABELS > 0)):
         counts = torch.bincount(drawn.flatten(), minlength=16)[pool]
         assert stats.chisquare(counts.numpy()).pvalue > 1e-4
