@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -28,7 +29,7 @@ class Progress:
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, TextColumn("{task.fields[news]}"), console=self.console, transient=True)
-            self.task = self.bar.add_task(name, total=total, completed=done, news="")
+            self.task = self.bar.add_task(escape(name), total=total, completed=done, news="")
             self.bar.start()
 
     def update(self, step: int, *, loss: float) -> None:
@@ -50,5 +51,5 @@ class Progress:
             self.bar.stop()
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[bold]{self.name}[/bold]  {text}")
+        self.console.print(f"[bold]{escape(self.name)}[/bold]  {escape(text)}")
         self.spoken = time.monotonic()
