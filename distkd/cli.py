@@ -17,7 +17,7 @@ import yaml
 
 from distkd import __version__
 from distkd.base import World
-from distkd.errors import ConfigError, DistkdError, Interrupted, LostRankError
+from distkd.errors import ConfigError, DistkdError, DivergedError, Interrupted, LostRankError
 
 if TYPE_CHECKING:
     from distkd.train.settings import Settings
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prefix = "" if world.is_main else f"rank {world.rank}: "
             print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
         # a rank that is gone is nobody's mistake: a launcher may start the others again
-        return INTERNAL if isinstance(error, LostRankError) else USER
+        return INTERNAL if isinstance(error, LostRankError | DivergedError) else USER
 
 
 def _overrides_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DistkdError",
+    "DivergedError",
     "Interrupted",
     "LostRankError",
     "NonFiniteError",
@@ -48,6 +49,12 @@ class NonFiniteError(DistkdError):
     """The loss became NaN or infinite; all ranks stop together and the samples are named."""
 
     kind = "nonfinite"
+
+
+class DivergedError(DistkdError):
+    """Ranks that must hold the same weights and banks do not; nothing after that would be an experiment."""
+
+    kind = "diverged"
 
 
 class LostRankError(DistkdError):

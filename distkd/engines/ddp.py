@@ -20,6 +20,9 @@ from distkd.errors import CheckpointError
 __all__ = ["DDPEngine"]
 
 WEIGHTS, OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_FIELDS = {"adam": _MOMENTS, "adamw": _MOMENTS, "sgd": {"momentum_buffer"}}
+"""What each optimizer remembers of a parameter."""
 
 
 class DDPEngine:
@@ -92,8 +95,15 @@ class DDPEngine:
             self.trainable.load_state_dict(load_file(folder / WEIGHTS, device=str(self.device)))
         except RuntimeError as error:
             raise CheckpointError(f"checkpoint {folder} does not fit this model: {error}") from error
-        by_name = {name: p for p, name in ((p, self.names[id(p)]) for p in self.parameters)}
-        for key, value in load_file(folder / OPTIMIZER, device=str(self.device)).items():
+        by_name = {self.names[id(p)]: p for p in self.parameters}
+        saved = load_file(folder / OPTIMIZER, device=str(self.device))
+        fields = {key.rpartition("/")[2] for key in saved}
+        if fields - _FIELDS[self.optim.name]:
+            raise CheckpointError(
+                f"checkpoint {folder} holds {', '.join(sorted(fields))} of another optimizer than optim.name="
+                f"{self.optim.name}, which keeps {', '.join(sorted(_FIELDS[self.optim.name]))}; train with the old one"
+            )
+        for key, value in saved.items():
             name, _, field = key.rpartition("/")
             # torch keeps Adam's step counter on the host unless the optimizer is fused or capturable
             self.optimizer.state[by_name[name]][field] = value.cpu() if field == "step" else value

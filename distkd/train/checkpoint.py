@@ -8,23 +8,25 @@ used.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distkd.base import World
-from distkd.comm.world import barrier, broadcast_object
+from distkd.comm.world import barrier, broadcast_object, gather_objects
 from distkd.engines import Engine
-from distkd.errors import CheckpointError
+from distkd.errors import CheckpointError, DivergedError
 from distkd.files import atomic_folder, digest, read_json, write_json, write_text
 
-__all__ = ["Best", "find_latest", "load", "read_meta", "save"]
+__all__ = ["Best", "check_equal", "find_latest", "load", "read_meta", "save"]
 
 FORMAT = 1
 META, STATE, BEST = "meta.json", "state.safetensors", "best.safetensors"
@@ -72,6 +74,30 @@ def save(
             shutil.rmtree(old)
     barrier(world)
     return target
+
+
+def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
+    """A cheap guard before a checkpoint is worth writing: every rank holds the same bytes.
+
+    Raises:
+        DivergedError: on all ranks, naming those that differ from rank 0.
+
+    Collectives: one gather of a digest.
+    """
+    if world.size == 1:
+        return
+    sha = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digests = gather_objects(sha.hexdigest(), world)
+    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if others:
+        raise DivergedError(
+            f"ranks {others} hold other weights or banks than rank 0 after step {step}; the last checkpoint is from "
+            "before: start again to resume, and look for code that differs by rank or for failing hardware"
+        )
 
 
 def _complete(checkpoints: Path) -> list[Path]:

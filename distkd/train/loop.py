@@ -293,6 +293,7 @@ def save(run: Run) -> None:
         "teacher": None if job.teacher is None else job.teacher.card["sha256"],
         "config": job.settings.model_dump(mode="json"),
     }
+    checkpoint.check_equal([job.method.trainable, job.method.state], run.step, job.world)
     checkpoint.save(
         run.checkpoints,
         run.step,

@@ -26,7 +26,18 @@ SIZE = {"batch.global_batch": 2, "run.epochs": 1, "eval.select": "last", "data.t
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("full")
-    arguments = ["--patients", "30", "--max-regions", "1", "--image-size", "512", "--omic-width", "80", "--missing", "0"]
+    arguments = [
+        "--patients",
+        "30",
+        "--max-regions",
+        "1",
+        "--image-size",
+        "512",
+        "--omic-width",
+        "80",
+        "--missing",
+        "0",
+    ]
     assert make_synthetic(["--out", str(folder / "shards"), *arguments, "--folds", "3"]) == 0
     return {"run.root": str(folder / "runs"), "data.shards": str(folder / "shards")}
 

@@ -1,0 +1,283 @@
+"""The engine against torch written out: accumulation, clipping, optimizers, precision, what it saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distkd.base import Batch, Outputs, World
+from distkd.engines import DDPEngine, OptimConfig
+from distkd.errors import CheckpointError
+from tests.laws.common import equal_up_to, law_config, run_steps
+
+CPU = torch.device("cpu")
+
+
+class Line(nn.Module):
+    """A trunk and a head; the gradient of a loss is easy to write down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.trunk, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, batch: Batch) -> Outputs:
+        feature = self.trunk(batch.inputs["x"])
+        return Outputs(feature, self.head(feature), {"x": Outputs(feature, self.head(feature))})
+
+
+def batch_of(number: int, n: int = 8) -> Batch:
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    index = torch.arange(n)
+    return Batch(({"x": x},), {"x": index >= 0}, index % 2, index, index, index)
+
+
+def engine_of(model: nn.Module, world: World | None = None, **optim: Any) -> tuple[DDPEngine, Any]:
+    engine = DDPEngine(OptimConfig(**{"lr": 0.1, **optim}), world or World(), device=CPU)
+    return engine, engine.wrap(model, [{"params": list(model.parameters())}])
+
+
+def loss_of(out: Outputs) -> Tensor:
+    return out.logits_BC.square().mean()
+
+
+def step(engine: DDPEngine, forward: Any, number: int, scale: float = 1.0) -> Tensor:
+    engine.backward(loss_of(forward(batch_of(number))))
+    return engine.step(scale)
+
+
+# steps
+
+
+@pytest.mark.parametrize(
+    "optim, plain",
+    [
+        ({"name": "sgd", "betas": [0.0, 0.9]}, lambda p: torch.optim.SGD(p, lr=0.05)),
+        ({"name": "sgd", "betas": [0.8, 0.9]}, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8)),
+        ({"name": "adam", "weight_decay": 0.1}, lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1)),
+        ({"name": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)),
+        (
+            {"name": "adam", "betas": [0.5, 0.9]},
+            lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.5, 0.9)),
+        ),
+    ],
+    ids=["sgd", "momentum", "adam", "adamw", "betas"],
+)
+def test_steps_are_those_of_torch(optim: dict[str, Any], plain: Callable[..., torch.optim.Optimizer]):
+    """At a scale of one half, on every parameter."""
+    ours, theirs = Line(), Line()
+    engine, forward = engine_of(ours, **optim)
+    reference = plain(theirs.parameters())
+    for number in range(4):
+        norm = step(engine, forward, number, scale=0.5)
+        reference.zero_grad()
+        loss_of(theirs(batch_of(number))).backward()
+        expected = torch.cat([p.grad.flatten() for p in theirs.parameters() if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-12)
+        reference.step()
+    equal_up_to(ours.state_dict(), theirs.state_dict(), 1e-12)
+
+
+def test_a_step_leaves_no_gradient_behind():
+    model = Line()
+    engine, forward = engine_of(model)
+    step(engine, forward, 0)
+    assert [p.grad for p in model.parameters()] == [None] * 4
+
+
+def test_groups_keep_their_own_rates():
+    model = Line()
+    engine = DDPEngine(OptimConfig(name="sgd", betas=(0.0, 0.9), lr=0.1), World(), device=CPU)
+    groups = [{"params": list(model.trunk.parameters()), "lr": 0.0}, {"params": list(model.head.parameters())}]
+    forward = engine.wrap(model, groups)
+    before = copy.deepcopy(model.state_dict())
+    step(engine, forward, 0, scale=0.5)
+    step(engine, forward, 1, scale=1.0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("trunk"), name
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
+def test_clipping_bounds_the_update_and_reports_the_norm_before_it(clip: float):
+    model = Line()
+    engine, forward = engine_of(model, name="sgd", betas=[0.0, 0.9], lr=1.0, clip=clip)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(forward(batch_of(0))).backward()
+    gradient = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    norm = engine.step(1.0)
+    total = torch.cat([g.flatten() for g in gradient]).norm()
+    assert norm.item() == pytest.approx(total.item(), rel=1e-12)
+    factor = min(1.0, clip / (total.item() + 1e-6)) if clip else 1.0
+    for p, old, g in zip(model.parameters(), before, gradient, strict=True):
+        torch.testing.assert_close(old - p.detach(), factor * g, atol=1e-12, rtol=1e-9)
+
+
+# several ranks
+
+
+def _on_ranks(world: World, passes: int) -> tuple[dict[str, Tensor], list[float], bool]:
+    """Three steps on this rank's part of the batches, in some passes."""
+    model = Line()
+    engine, forward = engine_of(model, world, clip=0.05)
+    norms: list[float] = []
+    for number in range(3):
+        whole = batch_of(number)
+        for part in range(passes):
+            n = 8 // (passes * world.size)
+            first = (part * world.size + world.rank) * n
+            view = {"x": whole.inputs["x"][first : first + n]}
+            with engine.accumulate(last=part == passes - 1):
+                mine = Batch((view,), {}, whole.label_B, whole.index_B, whole.sample_B, whole.key_B)
+                engine.backward(loss_of(forward(mine)) / passes)
+        norms.append(engine.step(1.0).item())
+    return model.state_dict(), norms, isinstance(engine.wrapped, DistributedDataParallel)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_ranks_and_passes_are_one_big_batch(ranks: Any, size: int, passes: int):
+    weights, norms, _ = _on_ranks(World(), 1)
+    for found, seen, wrapped in ranks(size).run(_on_ranks, passes=passes):
+        equal_up_to(found, weights, 1e-12)
+        assert seen == pytest.approx(norms, rel=1e-10)
+        assert wrapped == (size > 1)
+
+
+def _exchanges(world: World, lasts: list[bool]) -> list[bool]:
+    """Whether the ranks' gradients are equal after each backward."""
+    model = Line()
+    engine, forward = engine_of(model, world)
+    found: list[bool] = []
+    for last in lasts:
+        with engine.accumulate(last=last):
+            engine.backward(loss_of(forward(batch_of(10 + world.rank))))
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        from distkd.comm.world import gather_objects
+
+        found.append(len({tuple(each) for each in gather_objects(gradient.tolist(), world)}) == 1)
+    return found
+
+
+def test_gradients_are_exchanged_in_the_last_pass_alone(ranks: Any):
+    for found in ranks(2).run(_exchanges, lasts=[False, False, True]):
+        assert found == [False, False, True]
+
+
+def test_one_process_has_nothing_to_exchange():
+    model = Line()
+    engine, _ = engine_of(model)
+    assert engine.wrapped is model
+    assert isinstance(engine.accumulate(last=False), nullcontext)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 4])
+@pytest.mark.parametrize("method", ["supervised", "logit_kd", "dc_teacher"])
+def test_accumulation_equals_one_big_batch(shards: Path, root: Path, method: str, micro_batch: int):
+    """Of methods whose loss is a mean over samples, without batch statistics; dropout is drawn by sample."""
+    whole, parts = (
+        run_steps(
+            World(),
+            config=law_config(
+                method, shards, root, model={"norm": "group"}, batch={"global_batch": 16, "micro_batch": micro}
+            ),
+            steps=4,
+        )
+        for micro in (None, micro_batch)
+    )
+    assert parts.samples == whole.samples
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-11)
+    assert parts.backwards == [16 // micro_batch] * 4
+    equal_up_to(parts.weights, whole.weights, 1e-9)
+    equal_up_to(parts.state, whole.state, 1e-9)
+
+
+# precision
+
+
+@pytest.mark.parametrize("method", ["supervised", "logit_kd", "dc_distill"])
+def test_bfloat16_stays_near_float32(shards: Path, root: Path, method: str):
+    full, half = (
+        run_steps(World(), config=law_config(method, shards, root, engine={"precision": precision}), steps=6)
+        for precision in ("fp32", "bf16")
+    )
+    assert half.losses != full.losses
+    assert half.losses == pytest.approx(full.losses, rel=0.05)
+    for name, part in full.parts[0].items():
+        assert half.parts[0][name] == pytest.approx(part, rel=0.05, abs=0.02), name
+    for name, tensor in half.weights.items():
+        assert tensor.dtype == full.weights[name].dtype, name
+        assert tensor.isfinite().all(), name
+    equal_up_to(half.weights, full.weights, 0.05)
+
+
+def test_bfloat16_is_inside_the_trunk_only():
+    """What the losses see is float32, branches included, and so are weights and gradients."""
+    model = Line().float()
+    engine = DDPEngine(OptimConfig(), World(), device=CPU, autocast=torch.bfloat16)
+    forward = engine.wrap(model, [{"params": list(model.parameters())}])
+    inside: list[torch.dtype] = []
+    model.trunk.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    out = forward(batch_of(0).to(CPU, torch.float32))
+    assert inside == [torch.bfloat16]
+    for found in (out, out.branches["x"]):
+        assert found.feature_BD.dtype == found.logits_BC.dtype == torch.float32
+    engine.backward(loss_of(out))
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize(
+    "optim", [{"name": "adam"}, {"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "betas": [0, 0.9]}]
+)
+def test_what_is_saved_goes_on_bit_for_bit(tmp_path: Path, optim: dict[str, Any]):
+    whole, broken, resumed = Line(), Line(), Line()
+    for model in (whole, broken):
+        engine, forward = engine_of(model, **optim)
+        for number in range(6 if model is whole else 3):
+            step(engine, forward, number)
+        engine.save(tmp_path)
+    (engine, forward), _ = engine_of(broken, **optim), None
+    for p in resumed.parameters():
+        p.data.zero_()
+    engine, forward = engine_of(resumed, **optim)
+    engine.load(tmp_path)
+    for number in range(3, 6):
+        step(engine, forward, number)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
+    model = Line()
+    engine, forward = engine_of(model)
+    step(engine, forward, 0)
+    engine.save(tmp_path)
+    other = Line()
+    other.head = nn.Linear(4, 3).double()
+    engine, _ = engine_of(other)
+    with pytest.raises(CheckpointError, match=r"does not fit this model: .*size mismatch for head\.weight"):
+        engine.load(tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [("sgd", "adam"), ("adamw", "sgd")])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, old: str, new: str):
+    engine, forward = engine_of(Line(), name=old)
+    step(engine, forward, 0)
+    engine.save(tmp_path)
+    engine, _ = engine_of(Line(), name=new)
+    with pytest.raises(
+        CheckpointError, match=f"of another optimizer than optim.name={new}, which keeps .*; train with"
+    ):
+        engine.load(tmp_path)
