@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Outputs, World
+from distkd.comm.world import gather_objects
 from distkd.engines import DDPEngine, OptimConfig
 from distkd.errors import CheckpointError
 from tests.laws.common import equal_up_to, law_config, run_steps
@@ -162,8 +163,6 @@ def _exchanges(world: World, lasts: list[bool]) -> list[bool]:
         with engine.accumulate(last=last):
             engine.backward(loss_of(forward(batch_of(10 + world.rank))))
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        from distkd.comm.world import gather_objects
-
         found.append(len({tuple(each) for each in gather_objects(gradient.tolist(), world)}) == 1)
     return found
 
@@ -242,13 +241,12 @@ def test_bfloat16_is_inside_the_trunk_only():
     "optim", [{"name": "adam"}, {"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "betas": [0, 0.9]}]
 )
 def test_what_is_saved_goes_on_bit_for_bit(tmp_path: Path, optim: dict[str, Any]):
-    whole, broken, resumed = Line(), Line(), Line()
-    for model in (whole, broken):
-        engine, forward = engine_of(model, **optim)
-        for number in range(6 if model is whole else 3):
-            step(engine, forward, number)
-        engine.save(tmp_path)
-    (engine, forward), _ = engine_of(broken, **optim), None
+    whole, resumed = Line(), Line()
+    engine, forward = engine_of(whole, **optim)
+    for number in range(6):
+        if number == 3:
+            engine.save(tmp_path)
+        step(engine, forward, number)
     for p in resumed.parameters():
         p.data.zero_()
     engine, forward = engine_of(resumed, **optim)
@@ -267,7 +265,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     other = Line()
     other.head = nn.Linear(4, 3).double()
     engine, _ = engine_of(other)
-    with pytest.raises(CheckpointError, match=r"does not fit this model: .*size mismatch for head\.weight"):
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit this model: .*size mismatch for head\.weight"):
         engine.load(tmp_path)
 
 
