@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Forward, Outputs, World
 from distkd.engines.protocol import OptimConfig
-from distkd.errors import CheckpointError
+from distkd.errors import CheckpointError, LostRankError
 
 __all__ = ["DDPEngine"]
 
 WEIGHTS, OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
+_TRANSPORTS = ("gloo", "NCCL", "ncclComm")
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 _FIELDS = {"adam": _MOMENTS, "adamw": _MOMENTS, "sgd": {"momentum_buffer"}}
 """What each optimizer remembers of a parameter."""
@@ -61,7 +62,21 @@ class DDPEngine:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        """Gradients of a pass; in the last one they are averaged over ranks.
+
+        Raises:
+            LostRankError: another rank was gone when its gradient was needed.
+        """
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            # DDP exchanges gradients by itself, and its failures have no type of their own
+            if self.world.size > 1 and any(word in str(error) for word in _TRANSPORTS):
+                raise LostRankError(
+                    f"rank {self.world.rank} of {self.world.size}: the exchange of gradients failed: {error}; another "
+                    "rank died or stopped answering, start the run again to resume"
+                ) from error
+            raise
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> Tensor:
