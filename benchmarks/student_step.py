@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from benchmarks.common import compare, report
 from distkd.base import Batch, InputSpec, Outputs, World
-from distkd.comm.agreement import agree, leaf_of
 from distkd.methods import Setup, dc_distill
 from distkd.models.build import EncoderConfig, ModelConfig
 from distkd.ops.agreement import cosine_matrix, row_sum_weights
@@ -65,8 +64,8 @@ def cache_teachers(method: dc_distill.DCDistill, batch: Batch) -> None:
         method.mean_teacher = Cached(method.mean_teacher(batch))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def reference_step(method: dc_distill.DCDistill, batch: Batch) -> dict[str, Tensor]:
-    """K + 2 backwards through the whole network; returns the weights."""
+def reference_step(method: dc_distill.DCDistill, batch: Batch) -> None:
+    """K + 2 backwards through the whole network."""
     student = method.trainable(batch)
     feature = student.feature_BD
     task, distillation = losses_of(method, feature, batch)
@@ -80,30 +79,17 @@ def reference_step(method: dc_distill.DCDistill, batch: Batch) -> dict[str, Tens
     weights = row_sum_weights(cosine_matrix(stacked @ stacked.T))
     method.trainable.zero_grad()
     (task + torch.stack(list(distillation.values())) @ weights).backward()
-    return dict(zip(distillation, weights, strict=True))
 
 
 def losses_of(method: dc_distill.DCDistill, feature: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return method.losses(feature, method.frozen["teacher"](batch), method.mean_teacher(batch), batch, World())[:2]
 
 
-def agreement_step(method: dc_distill.DCDistill, batch: Batch) -> dict[str, Tensor]:
-    """One backward, by hand from the same pieces as the method."""
-    student = method.trainable(batch)
-    leaf = leaf_of(student.feature_BD)
-    task, distillation = losses_of(method, leaf, batch)
-    found = agree(
-        task,
-        distillation,
-        feature_BD=student.feature_BD,
-        leaf_BD=leaf,
-        heads=method.model.heads(),
-        weigh=row_sum_weights,
-        world=World(),
-    )
+def agreement_step(method: dc_distill.DCDistill, batch: Batch) -> None:
+    """The method's own step, bookkeeping included."""
+    out = method.step(method.trainable, batch, World())
     method.trainable.zero_grad()
-    found.loss.backward()
-    return found.weights
+    out.loss.backward()
 
 
 def plain_step(method: dc_distill.DCDistill, batch: Batch) -> None:
