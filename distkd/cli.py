@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DONE, INTERNAL, USER, INTERRUPTED = 0, 1, 2, 3
+
+_MAIN_RANK_SPEAKS_S = 20.0
 
 _EPILOG = """exit codes: 0 done, 2 error in config, data or arguments, 3 interrupted with a complete checkpoint,
 1 anything else. Launchers lose them: `outcome.json` in the run folder has the truth."""
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.is_main or error.local:
             prefix = "" if world.is_main else f"rank {world.rank}: "
             print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all ranks when the first one ends: the main rank, which has the message, must be that one
+            time.sleep(_MAIN_RANK_SPEAKS_S)
         # a rank that is gone is nobody's mistake: a launcher may start the others again
         return INTERNAL if isinstance(error, LostRankError | DivergedError) else USER
 

@@ -19,8 +19,8 @@ from tests.small import Small
 
 
 def _train(world: World, config: dict[str, Any], bad_step: int | None) -> tuple[str, str, bool]:
-    """Train; rank 1 cannot read a sample of `bad_step`. The error's type, its words, and whether it is this rank's own."""
-    original = Dataset.batch
+    """Train, while rank 1 cannot read a sample of `bad_step`; the error's type, its words, and whether it is local."""
+    original, found = Dataset.batch, ("", "", False)
 
     def batch(self: Dataset, numbers: Any, **options: Any) -> Batch:
         if world.rank == 1 and options["train"] and options["step"] == bad_step:
@@ -31,11 +31,11 @@ def _train(world: World, config: dict[str, Any], bad_step: int | None) -> tuple[
     try:
         train(settings_of(config), world)
     except DistkdError as error:
-        return type(error).__name__, str(error), error.local
+        found = type(error).__name__, str(error), error.local
     finally:
         Dataset.batch = original  # type: ignore[method-assign]
-        gc.collect()  # a process that ends closes its connections; one that lives on holds them in its frames
-    return "", "", False
+    gc.collect()  # a process that ends closes its connections; one that lives on keeps them in the frames of the error
+    return found
 
 
 @pytest.mark.parametrize("norm", ["sync", "group"])  # noticed in a collective of ours, or in DDP's own
