@@ -27,7 +27,7 @@ from typing import Any, cast
 __all__ = ["SIZES", "Pool", "PoolError", "Ranks"]
 
 SIZES = (1, 2, 4)
-COLLECTIVE_TIMEOUT_S = 15.0
+COLLECTIVE_TIMEOUT_S = 90.0
 JOB_TIMEOUT_S = 240.0
 START_TIMEOUT_S = 180.0
 GRACE_S = 20.0
