@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,13 +37,18 @@ _EPILOG = """exit codes: 0 done, 2 error in config, data or arguments, 3 interru
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Heavy imports happen inside the commands."""
-    words, overrides = _overrides_apart(sys.argv[1:] if argv is None else argv)
-    arguments, unknown = _parser().parse_known_args(words)
-    rest = unknown + overrides
     world = World.from_environment()
+    words, overrides = _overrides_apart(sys.argv[1:] if argv is None else argv)
+    try:
+        with nullcontext() if world.is_main else redirect_stderr(io.StringIO()):  # a wrong argument is said once
+            arguments, unknown = _parser().parse_known_args(words)
+    except SystemExit as end:
+        if end.code:
+            _let_main_speak(world)
+        raise
+    rest = unknown + overrides
     logging.basicConfig(level=logging.WARNING, format="distkd: %(message)s", stream=sys.stderr)
-    if not world.is_main:
-        logging.getLogger("distkd").setLevel(logging.ERROR)
+    logging.getLogger("distkd").setLevel(logging.WARNING if world.is_main else logging.ERROR)
     command: Callable[[argparse.Namespace, list[str], World], int] = arguments.command
     try:
         return command(arguments, rest, world)
@@ -57,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.is_main or error.local:
             prefix = "" if world.is_main else f"rank {world.rank}: "
             print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            # torchrun ends all ranks when the first one ends: the main rank, which has the message, must be that one
-            time.sleep(_MAIN_RANK_SPEAKS_S)
+        else:
+            _let_main_speak(world)
         # a rank that is gone is nobody's mistake: a launcher may start the others again
         return INTERNAL if isinstance(error, LostRankError | DivergedError) else USER
 
@@ -78,6 +84,12 @@ def _overrides_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in word and rest and not rest[0].startswith("--"):
             overrides.append(rest.pop(0))
     return words, overrides
+
+
+def _let_main_speak(world: World) -> None:
+    """torchrun ends all ranks when the first one ends: the main rank, which has the message, must be that one."""
+    if not world.is_main and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_MAIN_RANK_SPEAKS_S)
 
 
 def _say(world: World, text: str) -> None:

@@ -85,9 +85,9 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
+        keys = [key.value for key, _ in node.value]  # before a merge (<<) puts others in front, which may be overridden
         line = f"line {node.start_mark.line + 1}"
-        keys = [key.value for key, _ in node.value]
+        mapping = super().construct_mapping(node, deep)
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(f"key {key!r} stands twice in one section - {line}; remove one")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from distkd import __version__, cli, config
 from distkd.base import World
 from distkd.cli import DONE, INTERNAL, INTERRUPTED, USER, main
-from distkd.errors import ConfigError, DataError, Interrupted, LostRankError
+from distkd.errors import ConfigError, DataError, DivergedError, Interrupted, LostRankError
 from distkd.train import loop
 from distkd.train.settings import Settings
 from tests.data.toy import write_toy
@@ -123,6 +123,7 @@ ENDINGS: list[tuple[BaseException, int, str]] = [
     (ConfigError("config is wrong"), USER, "distkd: config is wrong\n"),
     (DataError("shard is gone"), USER, "distkd: shard is gone\n"),
     (LostRankError("rank 1 is gone"), INTERNAL, "distkd: rank 1 is gone\n"),
+    (DivergedError("ranks differ"), INTERNAL, "distkd: ranks differ\n"),
     (Interrupted("stopped after step 3"), INTERRUPTED, "distkd: stopped after step 3\n"),
     (KeyboardInterrupt(), INTERRUPTED, "distkd: stopped at once; the last checkpoint is whole\n"),
 ]
@@ -145,6 +146,27 @@ def test_other_ranks_keep_silent(
     as_rank(monkeypatch, 1)
     assert main(["config", "x.yaml"]) == code
     assert capsys.readouterr().err == ""
+
+
+def test_a_wrong_argument_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    as_rank(monkeypatch, 1)
+    assert left(["train"]) == USER
+    assert capsys.readouterr().err == ""
+
+
+def test_the_main_rank_is_given_time_to_speak(monkeypatch: pytest.MonkeyPatch):
+    """torchrun ends all ranks when the first one ends with an error."""
+    slept: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, waits in ((0, 0), (1, 2)):
+        as_rank(monkeypatch, rank)
+        assert main(["config", "absent.yaml"]) == left(["trian"]) == USER
+        assert left(["train", "--help"]) == 0
+        assert len(slept) == waits
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert main(["config", "absent.yaml"]) == USER
+    assert len(slept) == 2
 
 
 def test_a_rank_that_is_alone_with_its_error_speaks(monkeypatch: pytest.MonkeyPatch, capsys: Capture):

@@ -177,6 +177,11 @@ def test_a_boolean_is_one_where_it_is_meant(tmp_path: Path):
     assert load(write(tmp_path, GOOD), {"model.detach_branches": True}).model.detach_branches is True
 
 
+def test_a_merged_key_may_be_overridden(tmp_path: Path):
+    settings = load(write(tmp_path, GOOD + "    run: {<<: {seed: 1, epochs: 2}, seed: 3}\n"))
+    assert (settings.run.seed, settings.run.epochs) == (3, 2)
+
+
 def test_an_empty_section_is_no_section(tmp_path: Path):
     assert load(write(tmp_path, GOOD + "    run:\n    optim:\n"), {}).optim.lr > 0
 

@@ -18,7 +18,7 @@ from distkd.comm.world import broadcast_object, gather_objects
 from distkd.data.dataset import Dataset
 from distkd.data.loader import eval_batches
 from distkd.data.manifest import Split
-from distkd.errors import DataError
+from distkd.errors import DataError, DistkdError
 from distkd.files import write_json
 from distkd.metrics.classification import ClassificationReport, classification_metrics
 from distkd.metrics.levels import levels
@@ -68,6 +68,7 @@ def evaluate(
 
     Raises:
         DataError: the split is empty.
+        NonFiniteError: a prediction is NaN or infinite; on all ranks.
 
     Collectives: one gather of objects and one broadcast; ranks may have different numbers of batches.
     """
@@ -83,21 +84,23 @@ def evaluate(
         log_probability.append(logits_BC.double().log_softmax(dim=-1).cpu().numpy())
     modules.train(was_training)
     parts = gather_objects((samples, log_probability), world)
-    report: dict[str, ClassificationReport] | None = None
+    report: dict[str, ClassificationReport] = {}
     predictions: Predictions | None = None
+    failure: DistkdError | None = None
     if world.is_main:
         sample_N = np.concatenate([array for part in parts for array in part[0]])
         log_NC = np.concatenate([array for part in parts for array in part[1]])
         order = np.argsort(sample_N)
         predictions = _predictions(dataset, sample_N[order], np.exp(log_NC[order]))
-        report = {
-            level: classification_metrics(items.probability_NC, items.label_N, dataset.class_names)
-            for level, items in levels(predictions, config.patient_rule).items()
-        }
-    found = broadcast_object(report, world)
-    assert found is not None
-    level = config.level if config.level in found else "sample"
-    return SplitReport(split, level, found, predictions)
+        try:
+            for level, items in levels(predictions, config.patient_rule).items():
+                report[level] = classification_metrics(items.probability_NC, items.label_N, dataset.class_names)
+        except DistkdError as error:
+            failure = error  # for all ranks: they wait in the broadcast
+    report, failure = broadcast_object((report, failure), world)
+    if failure is not None:
+        raise failure
+    return SplitReport(split, config.level if config.level in report else "sample", report, predictions)
 
 
 def _predictions(dataset: Dataset, sample_N: np.ndarray, probability_NC: np.ndarray) -> Predictions:

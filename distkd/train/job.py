@@ -99,6 +99,8 @@ def split_digest(dataset: Dataset) -> str:
 
 def _load_teacher(settings: Settings, needed: bool) -> Export | None:
     if not needed:
+        if settings.teacher.export is not None:
+            log.warning("method %s needs no teacher; teacher.export is not used", settings.method.name)
         return None
     if settings.teacher.export is None:
         raise ConfigError(

@@ -6,6 +6,7 @@ the same on every rank, metrics, evaluation and checkpoints. Whatever a rank dec
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import closing
@@ -37,6 +38,8 @@ from distkd.train.signals import StopFlag
 
 __all__ = ["train", "train_step"]
 
+log = logging.getLogger(__name__)
+
 
 def train(settings: Settings, world: World, *, allow_change: bool = False) -> Path:
     """Train one stage to its end and export the student, resuming by itself; returns the run folder.
@@ -47,8 +50,9 @@ def train(settings: Settings, world: World, *, allow_change: bool = False) -> Pa
     """
     check_config(settings, allow_change=allow_change)
     folder = settings.folder
-    outcome = read_outcome(folder)
+    outcome = broadcast_object(read_outcome(folder), world)
     if outcome is not None and outcome["state"] == "done" and not allow_change:
+        log.warning("run %s is done and is left as it is; another --run.name trains it again", folder)
         return folder
     job = assemble(settings, world)
     run = Run(job, Events(folder, world))

@@ -294,6 +294,13 @@ def test_the_teacher_is_not_named(place: Place):
     )
 
 
+def test_a_teacher_that_is_not_used_is_mentioned(place: Place, caplog: pytest.LogCaptureFixture):
+    assert main(["train", str(place.write("alone", teacher={"export": "absent"}))]) == DONE
+    assert [record.getMessage() for record in caplog.records] == [
+        "method supervised needs no teacher; teacher.export is not used"
+    ]
+
+
 def test_the_teacher_is_missing(place: Place):
     message = place.refused("student", teacher={"export": "absent"})
     assert message == (

@@ -13,7 +13,7 @@ import torch
 
 from distkd.base import World
 from distkd.data.manifest import Split
-from distkd.errors import DataError
+from distkd.errors import DataError, NonFiniteError
 from distkd.metrics import classification_metrics, read_predictions, to_patient
 from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.job import Job, assemble
@@ -153,6 +153,26 @@ def test_scoring_records_no_graph_and_sees_one_plain_view(job: Job):
         micro_batch=3, device=job.device, dtype=job.dtype, world=World(),
     )  # fmt: skip
     assert seen == [1, 1, 1]
+
+
+def _score_nan(world: World, config: dict[str, Any]) -> str:
+    job = assemble(settings_of(config), world)
+    try:
+        evaluate(
+            lambda batch: job.method.predict(batch) + (float("nan") if world.rank == world.size - 1 else 0.0),
+            job.method.trainable, job.dataset, "test", EvalConfig(),
+            micro_batch=4, device=job.device, dtype=job.dtype, world=world,
+        )  # fmt: skip
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_prediction_that_is_no_number_stops_all_ranks(ranks: Any, small: Small, size: int):
+    found = ranks(size).run(_score_nan, config=small.config("picture"))
+    assert len(set(found)) == 1
+    assert found[0]
 
 
 def test_an_empty_split_is_refused(small: Small, job: Job, monkeypatch: pytest.MonkeyPatch):
