@@ -20,8 +20,9 @@ from distkd.config import settings_class
 from distkd.data.loader import train_batches
 from distkd.data.make import make_shards
 from distkd.metrics.meters import Meter, Stopwatch
+from distkd.train.finite import FiniteGuard
 from distkd.train.job import Job, assemble
-from distkd.train.loop import FiniteGuard, measure, train, train_step
+from distkd.train.loop import measure, train, train_step
 from distkd.train.settings import Settings
 
 

@@ -69,7 +69,8 @@ pip=(.venv/bin/python -m pip install --disable-pip-version-check --constraint co
 [[ -t 1 ]] || pip+=(--quiet --progress-bar off)
 index=()
 if [[ -n ${TORCH_INDEX:-} ]]; then
-    index=(--index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple)
+    # beside the default index: 2.13.0+cpu counts as newer than 2.13.0, and the pin admits both
+    index=(--extra-index-url "$TORCH_INDEX")
 elif ! command -v nvidia-smi >/dev/null; then
     echo "no NVIDIA GPU seen: TORCH_INDEX=URL, an index of CPU builds, would save gigabytes of CUDA"
 fi
