@@ -21,7 +21,7 @@ from distkd.errors import ConfigError
 from distkd.memory.bank import write_gathered
 from distkd.memory.contrast import DiscrepancyContrast
 from distkd.methods._plain import PlainMethod
-from distkd.methods._protocol import MethodConfig, ParamGroup, Setup
+from distkd.methods._protocol import MethodConfig, Setup
 from distkd.models.build import Classifier
 from distkd.models.ema import MeanTeacher
 from distkd.models.heads import Projector
@@ -128,9 +128,6 @@ class DCDistill(PlainMethod):
             raise ConfigError(
                 f"method.keep_negative={config.keep_negative} is more than method.negatives={config.negatives}"
             )
-
-    def groups(self) -> list[ParamGroup]:
-        return [{"params": list(self.trainable.parameters())}]
 
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
         student = model(batch)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distkd.base import Forward, World
-from distkd.comm.world import barrier, broadcast_object
+from distkd.comm.world import broadcast_object
 from distkd.data.dataset import Dataset
 from distkd.data.make import make_shards
 from distkd.data.plan import Plan
@@ -47,6 +47,8 @@ class Job:
     engine: Engine
     forward: Forward
     teacher: Export | None
+    split_digest: str
+    """Of the training samples; hashed once, every checkpoint carries it."""
 
 
 def device_of(settings: Settings, world: World) -> torch.device:
@@ -87,7 +89,6 @@ def open_shards(settings: Settings, world: World) -> ShardSet:
     failure = broadcast_object(failure, world)
     if failure is not None:
         raise failure
-    barrier(world)
     return ShardSet(folder)
 
 
@@ -133,9 +134,9 @@ def _check_teacher_task(teacher: Export, shards: ShardSet) -> None:
         )
 
 
-def _check_teacher_data(teacher: Export, dataset: Dataset) -> None:
+def _check_teacher_data(teacher: Export, dataset: Dataset, trained_on: str) -> None:
     """A teacher must not know this fold's held-out patients, and must be shown what it was trained on."""
-    if teacher.card["split_digest"] != split_digest(dataset):
+    if teacher.card["split_digest"] != trained_on:
         raise ConfigError(
             f"teacher {teacher.folder} was trained on other samples (fold {teacher.card['fold']} of "
             f"{teacher.card['shards']}) than this run trains on (fold {dataset.fold} of {dataset.folder}), so it may "
@@ -175,7 +176,7 @@ def assemble(settings: Settings, world: World) -> Job:
     Raises:
         DistkdError: whatever is wrong with config, data or teacher, before any step is taken.
 
-    Collectives: none after the process group is up, but a barrier while rank 0 makes missing shards.
+    Collectives: one broadcast, in which the other ranks wait while rank 0 makes missing shards.
     """
     device = device_of(settings, world)
     passes = settings.batch.passes(world)
@@ -187,8 +188,9 @@ def assemble(settings: Settings, world: World) -> Job:
         _check_teacher_task(teacher, shards)
         modalities += [name for name in teacher.config.modalities if name not in modalities]
     dataset = _dataset(settings, shards, modalities)
+    trained_on = split_digest(dataset)
     if teacher is not None:
-        _check_teacher_data(teacher, dataset)
+        _check_teacher_data(teacher, dataset, trained_on)
     plan = Plan(
         n_samples=len(dataset.train_label_N),
         global_batch=settings.batch.global_batch,
@@ -212,7 +214,7 @@ def assemble(settings: Settings, world: World) -> Job:
     autocast = torch.bfloat16 if settings.engine.precision == "bf16" else None
     engine = DDPEngine(settings.optim, world, device=device, autocast=autocast)
     forward = engine.wrap(method.trainable, method.groups())
-    return Job(settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher)
+    return Job(settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher, trained_on)
 
 
 def _teacher_model(export: Export) -> Classifier:

@@ -29,7 +29,7 @@ from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
 from distkd.train.finite import FiniteGuard
 from distkd.train.folder import Events, check_config, environment, read_outcome, write_config, write_outcome
-from distkd.train.job import Job, assemble, split_digest
+from distkd.train.job import Job, assemble
 from distkd.train.progress import Progress
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
@@ -128,7 +128,7 @@ class Run:
                 f"now there are {together}; batch statistics and agreement would change: set --batch.micro_batch "
                 f"{max(1, meta['samples_per_pass'] // job.world.size)} or leave it out"
             )
-        if meta["split_digest"] != split_digest(job.dataset):
+        if meta["split_digest"] != job.split_digest:
             raise ConfigError(
                 f"checkpoint {found.name} was trained on other samples than {job.dataset.folder} holds now; "
                 "use another --run.name"
@@ -175,17 +175,16 @@ def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[Ste
                 job.engine.backward(out.loss / len(passes))
         outs.append(out)
     with watch.phase("optimizer"):
-        scale = lr_scale(
-            job.settings.optim,
-            passes[0].step,
-            steps_per_epoch=job.plan.steps_per_epoch,
-            epochs=job.settings.run.epochs,
-        )
-        norm = job.engine.step(scale)
+        norm = job.engine.step(_lr_scale(job, passes[0].step))
     out = StepOutput.merge(outs)
     with watch.phase("collective"):
         job.method.after_step(out, job.world)
     return out, norm
+
+
+def _lr_scale(job: Job, step: int) -> float:
+    config, plan = job.settings, job.plan
+    return lr_scale(config.optim, step, steps_per_epoch=plan.steps_per_epoch, epochs=config.run.epochs)
 
 
 def fit(run: Run, stop_flag: StopFlag) -> None:
@@ -239,13 +238,11 @@ def publish(run: Run, means: dict[str, float], watch: Stopwatch) -> None:
         group, _, rest = name.partition(":")
         if rest:
             groups[group][rest] = value
-    optim, plan = run.job.settings.optim, run.job.plan
-    scale = lr_scale(optim, run.step - 1, steps_per_epoch=plan.steps_per_epoch, epochs=run.job.settings.run.epochs)
     run.record(
-        samples=run.step * plan.global_batch,
+        samples=run.step * run.job.plan.global_batch,
         loss=means["loss"],
         **groups,
-        lr=optim.lr * scale,
+        lr=run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1),
         grad_norm=means["grad_norm"],
         timings=watch.read(),
     )
@@ -292,7 +289,7 @@ def save(run: Run) -> None:
         "epoch": job.plan.epoch_of(run.step),
         "world_size": job.world.size,
         "samples_per_pass": _samples_per_pass(job),
-        "split_digest": split_digest(job.dataset),
+        "split_digest": job.split_digest,
         "teacher": None if job.teacher is None else job.teacher.card["sha256"],
         "config": job.settings.model_dump(mode="json"),
     }
@@ -330,7 +327,7 @@ def finish(run: Run) -> None:
         "select_metric": settings.eval.metric if selected == "best" else None,
     }
     if job.world.is_main:
-        trained_on = {"split_digest": split_digest(job.dataset), "shards": str(job.dataset.folder)}
+        trained_on = {"split_digest": job.split_digest, "shards": str(job.dataset.folder)}
         write_export(
             run.folder / "export",
             job.method.student.state_dict(),

@@ -3,14 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from distkd.data.wds import ShardSet
 from tests.data.toy import open_toy
-
-# how long an example takes says nothing: the machine may be busy
-settings.register_profile("distkd", deadline=None)
-settings.load_profile("distkd")
 
 
 @pytest.fixture(scope="session")
