@@ -20,7 +20,7 @@ import yaml
 
 from distkd import __version__
 from distkd.base import World
-from distkd.errors import ConfigError, DistkdError, DivergedError, Interrupted, LostRankError
+from distkd.errors import ConfigError, DiskError, DistkdError, DivergedError, Interrupted, LostRankError
 
 if TYPE_CHECKING:
     from distkd.train.settings import Settings
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
         else:
             _let_main_speak(world)
-        # a rank that is gone is nobody's mistake: a launcher may start the others again
-        return INTERNAL if isinstance(error, LostRankError | DivergedError) else USER
+        # neither a rank that is gone nor a full disk is in the command: the same one may be started again
+        return INTERNAL if isinstance(error, LostRankError | DivergedError | DiskError) else USER
 
 
 def _overrides_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -197,7 +197,7 @@ def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
         ]
     )
     first = stages[0]
-    comm.init(world, device=device_of(first, world), timeout_s=first.engine.timeout_s)
+    comm.init(world, device=device_of(first, world), timeout_s=first.engine.timeout_s, debug=first.engine.debug)
     try:
         for settings in stages:
             train(settings, world, allow_change=arguments.allow_change)

@@ -4,6 +4,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DiskError",
     "DistkdError",
     "DivergedError",
     "Interrupted",
@@ -55,6 +56,12 @@ class DivergedError(DistkdError):
     """Ranks that must hold the same weights and banks do not; nothing after that would be an experiment."""
 
     kind = "diverged"
+
+
+class DiskError(DistkdError):
+    """What a run has to write could not be written: the disk is full, or the folder cannot be written to."""
+
+    kind = "disk"
 
 
 class LostRankError(DistkdError):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "digest", "read_json", "write_json", "write_text"]
+__all__ = ["atomic_folder", "digest", "read_json", "sync", "write_json", "write_text"]
 
 
 def digest(path: Path) -> str:
@@ -49,17 +49,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield aside
         for path in aside.rglob("*"):
             if path.is_file():
-                _sync(path)
-        _sync(aside)
+                sync(path)
+        sync(aside)
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ it was waiting in.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distkd.base import World
-from distkd.errors import ConfigError, LostRankError
+from distkd.errors import ConfigError, DivergedError, LostRankError
 
 __all__ = [
     "all_gather_rows",
@@ -34,21 +35,35 @@ __all__ = [
     "gather_objects",
     "init",
     "shutdown",
+    "waited_s",
 ]
 
 T = TypeVar("T")
 
+_DISAGREEMENT = "mismatch between collectives"
+"""What torch says in debug mode of ranks that are in different collectives."""
+
 counts: Counter[str] = Counter()
 """Collectives of this process by name, since it started."""
 
+_waited = [0.0]
 
-def init(world: World, *, device: torch.device, timeout_s: float, store: Path | None = None) -> None:
+
+def waited_s() -> float:
+    """Host seconds of this process in collectives, since it started; on CUDA these are launches."""
+    return _waited[0]
+
+
+def init(
+    world: World, *, device: torch.device, timeout_s: float, debug: bool = False, store: Path | None = None
+) -> None:
     """Meet the other ranks: NCCL on CUDA, gloo elsewhere; nothing to do in a world of one.
 
     Args:
         world: this rank and how many there are.
         device: where the tensors of the collectives live.
         timeout_s: how long a collective waits for a missing rank.
+        debug: compare every collective over the ranks before it starts, those of the engines included.
         store: file to meet over; unset takes the address that the launcher put into the environment.
 
     Raises:
@@ -59,6 +74,7 @@ def init(world: World, *, device: torch.device, timeout_s: float, store: Path | 
         return
     method = "env://" if store is None else f"file://{store}"
     backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.set_debug_level(dist.DebugLevel.DETAIL if debug else dist.DebugLevel.OFF)  # pyright: ignore[reportPrivateImportUsage]
 
     def meet() -> None:
         dist.init_process_group(
@@ -86,13 +102,21 @@ def shutdown() -> None:
 
 def _guard(name: str, world: World, call: Callable[[], T]) -> T:
     counts[name] += 1
+    start = time.perf_counter()
     try:
         return call()
     except (RuntimeError, dist.DistError) as error:
+        if _DISAGREEMENT in str(error):
+            raise DivergedError(
+                f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} is not what the other "
+                f"ranks are in: {error}; look for code that differs by rank"
+            ) from error
         raise LostRankError(
             f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} failed: {error}; another "
             "rank died or stopped answering, start the run again to resume"
         ) from error
+    finally:
+        _waited[0] += time.perf_counter() - start
 
 
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:

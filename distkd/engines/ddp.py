@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Forward, Outputs, World
-from distkd.engines.protocol import OptimConfig
+from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, make_optimizer
+from distkd.engines.precision import float32_outputs
+from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.errors import CheckpointError, LostRankError
 
 __all__ = ["DDPEngine"]
 
-WEIGHTS, OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
 _TRANSPORTS = ("gloo", "NCCL", "ncclComm")
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-_FIELDS = {"adam": _MOMENTS, "adamw": _MOMENTS, "sgd": {"momentum_buffer"}}
-"""What each optimizer remembers of a parameter."""
 
 
 class DDPEngine:
-    """Gradients are averaged over ranks while the backward runs; every rank applies the same update."""
+    """Gradients are averaged over ranks while the backward runs; every rank applies the same update.
 
-    def __init__(self, optim: OptimConfig, world: World, *, device: torch.device, autocast: torch.dtype | None = None):
+    Args:
+        skip: leave out updates whose gradient is not finite, at the price of one host sync a step.
+    """
+
+    sharded = False
+
+    def __init__(
+        self,
+        optim: OptimConfig,
+        world: World,
+        *,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+        skip: bool = False,
+    ):
         self.optim = optim
         self.world = world
         self.device = device
         self.autocast = autocast
+        self.skip = skip
 
-    def wrap(self, trainable: nn.Module, groups: Sequence[dict[str, Any]]) -> Forward:
+    def wrap(
+        self, trainable: nn.Module, groups: Sequence[dict[str, Any]], *, outside: Sequence[nn.Parameter] = ()
+    ) -> Forward:
         """The module that records the graph, float32 outputs whatever the precision of its forward."""
         self.trainable = trainable
         self.names = {id(p): name for name, p in trainable.named_parameters()}
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = _optimizer(self.optim, groups)
+        self.optimizer = make_optimizer(self.optim, groups)
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped: nn.Module = trainable
         if self.world.size > 1:
@@ -53,7 +65,7 @@ class DDPEngine:
             return self.wrapped(batch)
         with torch.autocast(self.device.type, self.autocast):
             out: Outputs = self.wrapped(batch)
-        return _in_float32(out)
+        return float32_outputs(out)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients in the last pass of a step only."""
@@ -79,61 +91,49 @@ class DDPEngine:
             raise
 
     @torch.no_grad()
-    def step(self, lr_scale: float) -> Tensor:
-        """One update; returns the norm of the averaged gradient before clipping, equal on all ranks, on the device."""
+    def step(self, lr_scale: float) -> Update:
+        """One update of every rank's weights."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        if self.skip and not norm.isfinite():
+            self.optimizer.zero_grad()
+            return Update(norm, applied=False)
         if self.optim.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip, norm)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_scale
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return Update(norm)
 
-    def save(self, folder: Path) -> None:
-        """Weights and optimizer by parameter name; called on the main rank only, every rank holds the same."""
-        save_file({k: v.contiguous() for k, v in self.trainable.state_dict().items()}, folder / WEIGHTS)
-        state: dict[str, Tensor] = {}
+    def whole(self) -> AbstractContextManager[None]:
+        """Weights are whole at any time."""
+        return nullcontext()
+
+    def entries(self) -> list[Entry]:
+        """Weights, buffers and the optimizer's state, by name."""
+        tensors = {f"{TRAINABLE}{name}": tensor for name, tensor in self.trainable.state_dict().items()}
         for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                state[f"{self.names[id(parameter)]}/{key}"] = torch.as_tensor(value).contiguous()
-        save_file(state, folder / OPTIMIZER)
+            for field, value in values.items():
+                tensors[f"{OPTIMIZER}{self.names[id(parameter)]}/{field}"] = torch.as_tensor(value)
+        return [Entry(name, tensor.nbytes, lambda t=tensor: t) for name, tensor in tensors.items()]
 
-    def load(self, folder: Path) -> None:
-        """Continue from `save`; every rank reads.
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from `entries`; every rank has them all.
 
         Raises:
-            CheckpointError: tensors are missing, or belong to another model.
+            CheckpointError: tensors are missing, or belong to another model or optimizer.
         """
+        weights = {name.removeprefix(TRAINABLE): t for name, t in tensors.items() if name.startswith(TRAINABLE)}
         try:
-            self.trainable.load_state_dict(load_file(folder / WEIGHTS, device=str(self.device)))
+            self.trainable.load_state_dict(weights)
         except RuntimeError as error:
-            raise CheckpointError(f"checkpoint {folder} does not fit this model: {error}") from error
+            raise CheckpointError(f"the checkpoint does not fit this model: {error}") from error
         by_name = {self.names[id(p)]: p for p in self.parameters}
-        saved = load_file(folder / OPTIMIZER, device=str(self.device))
-        fields = {key.rpartition("/")[2] for key in saved}
-        if fields - _FIELDS[self.optim.name]:
-            raise CheckpointError(
-                f"checkpoint {folder} holds {', '.join(sorted(fields))} of another optimizer than optim.name="
-                f"{self.optim.name}, which keeps {', '.join(sorted(_FIELDS[self.optim.name]))}; train with the old one"
-            )
+        saved = {name.removeprefix(OPTIMIZER): t for name, t in tensors.items() if name.startswith(OPTIMIZER)}
+        check_fields(self.optim, {key.rpartition("/")[2] for key in saved})
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
             # torch keeps Adam's step counter on the host unless the optimizer is fused or capturable
-            self.optimizer.state[by_name[name]][field] = value.cpu() if field == "step" else value
-
-
-def _optimizer(config: OptimConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    groups = [dict(group) for group in groups]
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay, foreach=True
-        )
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True)
-
-
-def _in_float32(out: Outputs) -> Outputs:
-    branches = {name: _in_float32(branch) for name, branch in out.branches.items()}
-    return replace(out, feature_BD=out.feature_BD.float(), logits_BC=out.logits_BC.float(), branches=branches)
+            on_host = field == "step"
+            self.optimizer.state[by_name[name]][field] = value.clone() if on_host else value.to(self.device, copy=True)

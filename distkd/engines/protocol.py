@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -12,20 +12,27 @@ from torch import Tensor, nn
 
 from distkd.base import Forward, StrictConfig
 
-__all__ = ["Engine", "EngineConfig", "OptimConfig"]
+__all__ = ["Engine", "EngineConfig", "Entry", "OptimConfig", "Update"]
 
 
 class EngineConfig(StrictConfig):
     """How a step is carried out."""
 
-    name: Literal["ddp"] = "ddp"
-    """`ddp`: replicated weights, gradients averaged; one process needs no wrapper and gets none."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """`bf16` runs the trunk's forward in bfloat16, weights, losses and agreement in float32; `fp64` is for tests."""
+    name: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
+    """`ddp`: whole weights on every rank; `deepspeed`: ZeRO, see `zero_stage`; `fsdp`: sharded by torch (FSDP2)."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 gradients too, 3 weights too, 0 nothing."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """`bf16`, `fp16`: the model's forward in half precision; weights, losses and agreement stay float32. `fp16` scales
+    the loss. `fp64` is for tests."""
+    compile: bool = False
+    """Compile the model with `torch.compile`; the first steps take minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     timeout_s: PositiveFloat = 600.0
     """How long a collective waits for a missing rank before the run fails."""
+    debug: bool = False
+    """Compare every collective over the ranks before it starts, and name the ranks that disagree; slow."""
 
 
 class OptimConfig(StrictConfig):
@@ -45,19 +52,72 @@ class OptimConfig(StrictConfig):
     """`linear`: epoch e = 1..E runs at lr (1 - e / (E + 1)); `cosine`: per step to zero."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the rate rises linearly from zero, before the schedule applies."""
+    fused: Literal["auto", "apex", "torch", "none"] = "auto"
+    """The update as one kernel: NVIDIA `apex`, or `torch`'s own; `none` loops over the tensors. `auto` takes apex on
+    CUDA where it is installed, otherwise torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One whole tensor of a checkpoint.
+
+    Names are equal in all engines: `trainable/<key of the state dict>`, `optimizer/<parameter>/<field>` with torch's
+    field names, `engine/<name>` for what the engine itself remembers.
+    """
+
+    name: str
+    nbytes: int
+    read: Callable[[], Tensor]
+    """The tensor as it stands, perhaps sharing memory with the live one. A collective where weights are spread over
+    ranks: every rank calls it, in the order of the entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What became of a step."""
+
+    norm: Tensor
+    """Norm of the averaged gradient before clipping, a scalar on the device, equal on all ranks."""
+    applied: bool = True
+    """False where the gradient was not finite and the engine was told to skip such steps."""
 
 
 class Engine(Protocol):
     """Drives the optimizer; the loop calls `accumulate`, `backward` and `step` in that order."""
 
-    def wrap(self, trainable: nn.Module, groups: Sequence[dict[str, Any]]) -> Forward: ...
+    sharded: bool
+    """Whether parameters are spread over the ranks between their uses."""
 
-    def accumulate(self, last: bool) -> AbstractContextManager[None]: ...
+    def wrap(
+        self, trainable: nn.Module, groups: Sequence[dict[str, Any]], *, outside: Sequence[nn.Parameter] = ()
+    ) -> Forward:
+        """The module that records the graph; `outside` are parameters that losses use beyond its forward."""
+        ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Around a pass; ranks exchange gradients in the last pass of a step only."""
+        ...
 
-    def step(self, lr_scale: float) -> Tensor: ...
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a pass. Raises LostRankError where another rank was gone when its gradient was needed."""
+        ...
 
-    def save(self, folder: Path) -> None: ...
+    def step(self, lr_scale: float) -> Update:
+        """One update of the weights at `lr_scale` times each group's rate."""
+        ...
 
-    def load(self, folder: Path) -> None: ...
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, parameters are whole tensors on every rank, to be read. Collective where `sharded`."""
+        ...
+
+    def entries(self) -> list[Entry]:
+        """Everything that the engine must find again to go on; the same names on every rank."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what any engine's `entries` gave, at any number of ranks.
+
+        Raises:
+            CheckpointError: tensors are missing, or belong to another model or optimizer.
+        """
+        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ class PlainMethod:
         self.trainable = student if trainable is None else trainable
         self.frozen = nn.ModuleDict()
         self.state = nn.ModuleDict()
+        self.outside: Sequence[nn.Parameter] = ()
+        self.follows_weights = False
 
     def groups(self) -> list[ParamGroup]:
         return [{"params": [p for p in self.trainable.parameters() if p.requires_grad]}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -68,6 +68,10 @@ class Method(Protocol):
     """Teachers: no gradient, not in checkpoints, identified by a digest."""
     state: nn.ModuleDict
     """Banks, mean teacher, running weights: in checkpoints, never optimised."""
+    outside: Sequence[nn.Parameter]
+    """Learning parameters that `step` uses beyond `model(batch)`: engines keep them whole on every rank."""
+    follows_weights: bool
+    """Whether `after_step` reads the trained weights, as a mean teacher does."""
 
     def groups(self) -> list[ParamGroup]: ...
 

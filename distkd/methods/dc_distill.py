@@ -110,6 +110,8 @@ class DCDistill(PlainMethod):
             trainable = DistilledStudent(student, setup.teacher.feature_dim, config.embedding_dim)
         super().__init__(student, trainable)
         self.model: DistilledStudent = trainable
+        self.outside = trainable.heads()
+        self.follows_weights = True
         self.config = config
         self.labelled_share = setup.labelled_share
         self.frozen["teacher"] = setup.teacher

@@ -51,6 +51,8 @@ class DCTeacher(PlainMethod):
         # another seed: before its first update the mean teacher is a stranger, as in the source
         self.mean_teacher = MeanTeacher(setup.build_student("mean_teacher"), decay=config.ema_decay)
         self.state["mean_teacher"] = self.mean_teacher
+        self.follows_weights = True
+        self.outside = [p for modality in config.l1 for p in self.student.branch_parameters(modality)]
 
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
         out = model(batch)

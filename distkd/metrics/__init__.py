@@ -3,7 +3,7 @@
 from distkd.metrics.classification import METRICS, PER_CLASS, ClassificationReport, classification_metrics
 from distkd.metrics.jsonl import MetricsWriter, json_ready, read_jsonl
 from distkd.metrics.levels import LEVELS, PatientRule, levels, to_group, to_patient
-from distkd.metrics.meters import PHASES, Meter, Stopwatch
+from distkd.metrics.meters import PHASES, Meter, Reduced, Stopwatch
 from distkd.metrics.predictions import Predictions, read_predictions, write_predictions
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MetricsWriter",
     "PatientRule",
     "Predictions",
+    "Reduced",
     "Stopwatch",
     "classification_metrics",
     "json_ready",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import overload
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from distkd.base import World
 from distkd.comm.world import all_reduce_sum
 
-__all__ = ["PHASES", "Meter", "Stopwatch"]
+__all__ = ["PHASES", "Meter", "Reduced", "Stopwatch"]
 
 PHASES = ("data", "forward", "backward", "collective", "optimizer", "checkpoint")
 
@@ -25,6 +25,17 @@ PHASES = ("data", "forward", "backward", "collective", "optimizer", "checkpoint"
 # of one shape, where the digest tells
 _SLOTS = 64
 _DIGEST_BITS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What all ranks know after `Meter.reduce`."""
+
+    means: dict[str, float]
+    """Name to mean over steps and ranks, sorted by name."""
+    flags: int
+    by_rank: list[list[float]]
+    """`own` of every rank, in rank order."""
 
 
 class Meter:
@@ -46,11 +57,7 @@ class Meter:
         for name, value in parts.items():
             self._values.setdefault(name, []).append(value.detach())
 
-    @overload
-    def reduce(self, world: World) -> dict[str, float]: ...
-    @overload
-    def reduce(self, world: World, flag: int) -> tuple[dict[str, float], int]: ...
-    def reduce(self, world: World, flag: int | None = None) -> dict[str, float] | tuple[dict[str, float], int]:
+    def reduce(self, world: World, *, flag: int = 0, own: Sequence[float] = ()) -> Reduced:
         """Means over the steps since the last call and over all ranks, equal on every rank; starts afresh.
 
         Collective: one all-reduce, also when nothing was added. One host sync.
@@ -58,13 +65,19 @@ class Meter:
         Args:
             world: the ranks that take part; all call this at the same step.
             flag: summed over ranks along the way, for example 1 on a rank that was asked to stop.
-
-        Returns:
-            Name to mean, sorted by name; with `flag` a pair of that and the sum of flags.
+            own: this rank's numbers, as many on every rank, which every rank gets to see.
         """
         names = sorted(self._values)
         digest = zlib.crc32("\n".join(names).encode()) & ((1 << _DIGEST_BITS) - 1)
-        head = [float(flag or 0), float(digest), float(digest**2), *(float(len(self._values[name])) for name in names)]
+        seen = [0.0] * (world.size * len(own))
+        seen[world.rank * len(own) : (world.rank + 1) * len(own)] = own
+        head = [
+            float(flag),
+            float(digest),
+            float(digest**2),
+            *seen,
+            *(float(len(self._values[name])) for name in names),
+        ]
         padding = [0.0] * (-(len(head) + len(names)) % _SLOTS)
         packed = torch.tensor(head + padding, dtype=torch.float64).to(self.device, non_blocking=True)
         if names:
@@ -74,21 +87,30 @@ class Meter:
         # equal on all ranks exactly when the digests have no variance; whole numbers below 2**53, so exact
         one, squares = int(values[1]), int(values[2])
         assert world.size * squares == one**2, f"rank {world.rank} measures {names}, another rank measures other names"
+        first = 3 + len(seen)
         totals = values[len(values) - len(names) :]
-        counts = values[3 : 3 + len(names)]
+        counts = values[first : first + len(names)]
         means = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
         self._values.clear()
-        return means if flag is None else (means, int(values[0]))
+        by_rank = [values[3 + rank * len(own) : 3 + (rank + 1) * len(own)] for rank in range(world.size)]
+        return Reduced(means, int(values[0]), by_rank)
 
 
 class Stopwatch:
     """Host seconds by phase since the last reading; no device sync, so a phase shows launches, not kernels.
 
     A phase inside another takes its time from it: the sum never exceeds the wall clock.
+
+    Args:
+        clock: seconds, rising.
+        waited: seconds in collectives so far, on the same clock; they are taken from the phase that they happen in
+            and counted as `collective`, so that what is left is this rank's own work.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, waited: Callable[[], float] = lambda: 0.0):
         self._clock = clock
+        self._waited = waited
+        self._waited_since = waited()
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -112,8 +134,11 @@ class Stopwatch:
         return seconds
 
     def _charge(self) -> None:
-        now = self._clock()
+        now, waited = self._clock(), self._waited()
         if self._open:
+            waiting = waited - self._waited_since
             current = self._open[-1]
-            self._seconds[current] = self._seconds.get(current, 0.0) + now - self._since
-        self._since = now
+            self._seconds[current] = self._seconds.get(current, 0.0) + now - self._since - waiting
+            if waiting:
+                self._seconds["collective"] = self._seconds.get("collective", 0.0) + waiting
+        self._since, self._waited_since = now, waited

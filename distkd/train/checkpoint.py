@@ -1,35 +1,44 @@
-"""Checkpoints: complete or absent, verified when read, and everything that the next step depends on.
+"""Checkpoints as they lie on disk: complete or absent, verified when read, equal for every engine and world size.
 
-A checkpoint is a folder `step-00001200` with the engine's weights and optimizer, the method's state (banks,
-normalisers, mean teacher), the best student so far, and `meta.json` with the position, the config and a digest of every
-file. The data position is the step itself: the plan is a pure function of it. No generator is saved because none is
-used.
+A checkpoint is a folder `step-00001200` with `rank-*.safetensors`, written by as many ranks as are worth it, and
+`meta.json` with the position, the config and a digest of every file. Tensors are whole and have names:
+`trainable/`, `optimizer/` and `engine/` are the engine's entries, `state/` is the method's state (banks, normalisers,
+mean teacher), `best/` the best student so far. Which file holds which tensor means nothing, so any number of ranks and
+any engine goes on from it. The data position is the step itself: the plan is a pure function of it. No generator is
+saved because none is used.
 """
+
+# safetensors leaves the types of its lazy files out
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distkd.base import World
-from distkd.comm.world import barrier, broadcast_object, gather_objects
+from distkd.comm.world import broadcast_object, gather_objects
 from distkd.engines import Engine
 from distkd.errors import CheckpointError, DivergedError
-from distkd.files import atomic_folder, digest, read_json, write_json, write_text
+from distkd.files import digest, read_json
 
-__all__ = ["Best", "check_equal", "find_latest", "load", "read_meta", "save"]
+__all__ = ["BEST", "FORMAT", "META", "STATE", "Best", "Tensors", "check_equal", "complete", "find_latest", "load"]
 
-FORMAT = 1
-META, STATE, BEST = "meta.json", "state.safetensors", "best.safetensors"
+FORMAT = 2
+META = "meta.json"
+STATE, BEST = "state/", "best/"
+"""Prefixes of names beside the engine's own."""
+
+_FORMAT_1 = ("trainable", "optimizer", "state", "best")
+"""Files of the first format, whose names became prefixes."""
 
 
 @dataclass(slots=True)
@@ -41,43 +50,49 @@ class Best:
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:08d}"
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, each read when it is asked for."""
 
+    def __init__(self, folder: Path):
+        self._files: dict[str, Any] = {}
+        self._key: dict[str, str] = {}
+        old = read_json(folder / META)["format"] == 1
+        try:
+            for path in sorted(folder.glob("*.safetensors")):
+                file: Any = safe_open(path, "pt")
+                for key in file.keys():  # noqa: SIM118 - it is no mapping
+                    name = f"{path.stem}/{key}" if old else key
+                    self._files[name], self._key[name] = file, key
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read checkpoint {folder}: {error}; remove it to use the older one"
+            ) from error
 
-def save(
-    checkpoints: Path,
-    step: int,
-    *,
-    engine: Engine,
-    state: nn.Module,
-    best: Best,
-    meta: Mapping[str, Any],
-    keep_last: int,
-    world: World,
-) -> Path:
-    """Write the checkpoint of the run after `step` steps, then remove all but the last `keep_last`.
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(self._key[name])
 
-    Collectives: one barrier; the main rank writes, every rank holds the same.
-    """
-    target = folder_of(checkpoints, step)
-    if world.is_main:
-        with atomic_folder(target) as aside:
-            engine.save(aside)
-            save_file({name: tensor.contiguous() for name, tensor in state.state_dict().items()}, aside / STATE)
-            save_file({name: tensor.contiguous() for name, tensor in best.weights.items()}, aside / BEST)
-            files = {path.name: digest(path) for path in sorted(aside.iterdir())}
-            best_point = {"step": best.step, "value": best.value} if best.weights else None
-            write_json(aside / META, {"format": FORMAT, "step": step, **meta, "best": best_point, "files": files})
-        write_text(checkpoints / "latest", target.name + "\n")
-        for old in _complete(checkpoints)[:-keep_last]:
-            shutil.rmtree(old)
-    barrier(world)
-    return target
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def under(self, *prefixes: str) -> Tensors:
+        """Those whose names start with one of the prefixes."""
+        part = object.__new__(Tensors)
+        part._files = {name: file for name, file in self._files.items() if name.startswith(prefixes)}
+        part._key = self._key
+        return part
+
+    def without(self, prefix: str) -> dict[str, Tensor]:
+        """Those under a prefix, by the rest of their names."""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.under(prefix).items()}
 
 
 def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
-    """A cheap guard before a checkpoint is worth writing: every rank holds the same bytes.
+    """A cheap guard before a checkpoint is worth writing: every rank holds the same values.
+
+    Norm and sum of every tensor stand for its bytes: computed where it lies, read by the host at once.
 
     Raises:
         DivergedError: on all ranks, naming those that differ from rank 0.
@@ -87,10 +102,10 @@ def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
     if world.size == 1:
         return
     sha = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    tensors = [tensor.detach() for module in modules for tensor in module.state_dict().values()]
+    if tensors:
+        marks = [mark for tensor in tensors for mark in _marks(tensor)]
+        sha.update(torch.stack([mark.to(tensors[0].device) for mark in marks]).cpu().numpy().tobytes())
     digests = gather_objects(sha.hexdigest(), world)
     others = [rank for rank, found in enumerate(digests) if found != digests[0]]
     if others:
@@ -100,7 +115,13 @@ def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
         )
 
 
-def _complete(checkpoints: Path) -> list[Path]:
+def _marks(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    if not tensor.is_floating_point():
+        tensor = tensor.to(torch.float64)
+    return torch.linalg.vector_norm(tensor).double(), tensor.sum().double()
+
+
+def complete(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, oldest first; one that is being written has another name."""
     return sorted(path for path in checkpoints.glob("step-*") if (path / META).exists())
 
@@ -109,20 +130,36 @@ def find_latest(checkpoints: Path, world: World) -> Path | None:
     """The newest checkpoint whose files all have their digests; damaged ones are passed over.
 
     Decided by the main rank for all: ranks that look for themselves could resume at different steps.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged; or the newest is of a newer version.
+
+    Collectives: one broadcast.
     """
-    found: Path | None = None
-    damaged = False
+    answer: Path | CheckpointError | None = None
     if world.is_main:
         for partial in checkpoints.glob(".*.partial"):
-            shutil.rmtree(partial)
-        found = next((path for path in reversed(_complete(checkpoints)) if _is_whole(path)), None)
-        damaged = found is None and bool(_complete(checkpoints))
-    found, damaged = broadcast_object((found, damaged), world)
-    if damaged:
+            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            answer = _newest_whole(checkpoints)
+        except CheckpointError as error:
+            answer = error
+    answer = broadcast_object(answer, world)
+    if isinstance(answer, CheckpointError):
+        raise answer
+    return answer
+
+
+def _newest_whole(checkpoints: Path) -> Path | None:
+    found = complete(checkpoints)
+    whole = next((path for path in reversed(found) if _is_whole(path)), None)
+    if whole is None and found:
         raise CheckpointError(
             f"every checkpoint in {checkpoints} is damaged (digests differ); remove the folder to start again"
         )
-    return found
+    if whole is not None:
+        read_meta(whole)
+    return whole
 
 
 def _is_whole(folder: Path) -> bool:
@@ -153,12 +190,13 @@ def load(folder: Path, *, engine: Engine, state: nn.Module, world: World) -> Bes
     Raises:
         CheckpointError: the tensors do not fit this run.
     """
-    engine.load(folder)
+    tensors = Tensors(folder)
     try:
-        state.load_state_dict(load_file(folder / STATE))
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the state in checkpoint {folder} does not fit this run: {error}") from error
+        engine.load(tensors.under("trainable/", "optimizer/", "engine/"))
+        state.load_state_dict(tensors.without(STATE))
+    except (CheckpointError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {folder} does not fit this run: {error}") from error
     point = read_meta(folder)["best"]
     if point is None or not world.is_main:
         return Best() if point is None else Best(point["step"], point["value"])
-    return Best(point["step"], point["value"], load_file(folder / BEST))
+    return Best(point["step"], point["value"], tensors.without(BEST))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from distkd import __version__
 from distkd.base import World
@@ -22,10 +23,13 @@ from distkd.train.settings import Settings
 __all__ = ["Events", "check_config", "environment", "write_config", "write_outcome"]
 
 FREE = {
-    "run.root", "run.name", "run.log_every", "run.keep_last", "run.checkpoint_every", "batch.micro_batch",
-    "engine.device", "engine.timeout_s", "data.threads", "data.shards", "teacher.export",
+    "run.root", "run.name", "run.log_every", "run.keep_last", "run.keep_best", "run.checkpoint_every", "run.save",
+    "batch.micro_batch", "data.threads", "data.shards", "teacher.export",
+    "engine.name", "engine.zero_stage", "engine.compile", "engine.device", "engine.timeout_s", "engine.debug",
+    "optim.fused",
 }  # fmt: skip
-"""Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest."""
+"""Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest. Another
+engine or another kernel adds in another order, as another number of ranks does."""
 
 
 class Events:
@@ -71,7 +75,10 @@ def check_config(settings: Settings, *, allow_change: bool = False) -> None:
     path = settings.folder / "config.yaml"
     if not path.exists() or allow_change:
         return
-    old, new = flatten(yaml.safe_load(path.read_text())), flatten(settings.model_dump(mode="json"))
+    old, new = (
+        flatten(_as_resolved(yaml.safe_load(path.read_text()), settings)),
+        flatten(settings.model_dump(mode="json")),
+    )
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in FREE)
     if differing:
         lines = "".join(f"\n  {key}: {old.get(key)!r} in the folder, {new.get(key)!r} now" for key in differing)
@@ -79,6 +86,14 @@ def check_config(settings: Settings, *, allow_change: bool = False) -> None:
             f"run folder {settings.folder} was made with another config:{lines}\n"
             "use another --run.name, remove the folder, or pass --allow-change to go on with the new values"
         )
+
+
+def _as_resolved(written: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A config that an older version wrote, with the defaults of what came later."""
+    try:
+        return type(settings).model_validate(written).model_dump(mode="json")
+    except ValidationError:  # of another method, or of keys that are gone: they show in the difference
+        return written
 
 
 def environment(settings: Settings, world: World, **extra: Any) -> dict[str, Any]:

@@ -17,19 +17,18 @@ from distkd.data.make import make_shards
 from distkd.data.plan import Plan
 from distkd.data.transform import ImageInput, Preprocess
 from distkd.data.wds import ShardSet
-from distkd.engines import DDPEngine, Engine
+from distkd.engines import Engine, make_engine
 from distkd.errors import ConfigError, DistkdError
 from distkd.methods import Method, Setup, build
 from distkd.models.build import Classifier
 from distkd.models.norm import set_world
 from distkd.train.export import Export, load_export
 from distkd.train.settings import Settings
+from distkd.train.undo import Undo
 
 __all__ = ["Job", "assemble", "dataset_of", "device_of", "open_shards", "split_digest", "teacher_folder"]
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(slots=True)
@@ -49,6 +48,8 @@ class Job:
     teacher: Export | None
     split_digest: str
     """Of the training samples; hashed once, every checkpoint carries it."""
+    undo: Undo | None = None
+    """Where the engine may leave an update out."""
 
 
 def device_of(settings: Settings, world: World) -> torch.device:
@@ -180,7 +181,7 @@ def assemble(settings: Settings, world: World) -> Job:
     """
     device = device_of(settings, world)
     passes = settings.batch.passes(world)
-    dtype = DTYPES[settings.engine.precision]
+    dtype = torch.float64 if settings.engine.precision == "fp64" else torch.float32
     teacher = _load_teacher(settings, settings.method.needs_teacher)
     shards = open_shards(settings, world)
     modalities = list(settings.model.modalities)
@@ -211,10 +212,13 @@ def assemble(settings: Settings, world: World) -> Job:
     for part in (method.trainable, method.frozen, method.state):
         part.to(device)
         set_world(part, world)
-    autocast = torch.bfloat16 if settings.engine.precision == "bf16" else None
-    engine = DDPEngine(settings.optim, world, device=device, autocast=autocast)
-    forward = engine.wrap(method.trainable, method.groups())
-    return Job(settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher, trained_on)
+    skip = settings.run.nonfinite == "skip"
+    engine = make_engine(settings.engine, settings.optim, world, device=device, skip=skip)
+    forward = engine.wrap(method.trainable, method.groups(), outside=method.outside)
+    undo = Undo(method.trainable, method.state) if skip or settings.engine.precision == "fp16" else None
+    return Job(
+        settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher, trained_on, undo
+    )
 
 
 def _teacher_model(export: Export) -> Classifier:

@@ -7,8 +7,9 @@ the same on every rank, metrics, evaluation and checkpoints. Whatever a rank dec
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,23 @@ from distkd.base import Batch, StepOutput, World
 from distkd.comm.world import barrier, broadcast_object
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
+from distkd.engines import Entry, Update
 from distkd.errors import ConfigError, DataError, Interrupted
 from distkd.files import write_json
 from distkd.metrics.jsonl import MetricsWriter
-from distkd.metrics.meters import Meter, Stopwatch
+from distkd.metrics.meters import Stopwatch
 from distkd.train import checkpoint
-from distkd.train.checkpoint import Best
+from distkd.train.checkpoint import STATE, Best
 from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
-from distkd.train.finite import FiniteGuard
 from distkd.train.folder import Events, check_config, environment, read_outcome, write_config, write_outcome
 from distkd.train.job import Job, assemble
 from distkd.train.progress import Progress
+from distkd.train.saver import Fate, Saver
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
 from distkd.train.signals import StopFlag
+from distkd.train.tally import Reading, Tally
 
 __all__ = ["train", "train_step"]
 
@@ -78,6 +81,11 @@ class Run:
     step: int = 0
     best: Best = field(default_factory=Best)
     attempt: int = 1
+    skipped: int = 0
+    """Steps whose update was left out."""
+    owes_validation: bool = False
+    """Whether the checkpoint was written in a hurry, before the epoch that had just ended was scored."""
+    saver: Saver = field(init=False)
     writer: MetricsWriter | None = None
     progress: Progress | None = None
 
@@ -97,15 +105,38 @@ class Run:
         if found is not None:
             self._check_resumable(found)
             self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
-            self.step = checkpoint.read_meta(found)["step"]
+            meta = checkpoint.read_meta(found)
+            self.step = meta["step"]
+            self.skipped, self.owes_validation = meta.get("skipped", 0), meta.get("owes_validation", False)
         failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
         if failure is not None:
             raise failure
+        self.saver = self._make_saver()
+        self.saver.open()
         if job.world.is_main:
             self.writer = MetricsWriter(self.folder / "metrics.jsonl")
             self.writer.truncate_after(self.step)
             self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
+
+    def _make_saver(self) -> Saver:
+        job, config = self.job, self.job.settings.run
+        return Saver(
+            self.checkpoints,
+            job.world,
+            job.device,
+            background=config.save == "async",
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            patience_s=job.settings.engine.timeout_s,
+            report=self._saved,
+        )
+
+    def _saved(self, fate: Fate) -> None:
+        if fate.error is None:
+            self.events.add("checkpoint", step=fate.step, seconds=round(fate.seconds, 4))
+        else:
+            self.events.add("checkpoint_failed", step=fate.step, reason=fate.error)
 
     def _make_folder(self) -> ConfigError | None:
         job = self.job
@@ -145,6 +176,7 @@ class Run:
 
     def close(self, error: BaseException | None) -> None:
         """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
+        self.saver.abandon()
         state, kind = _ending(error)
         self.events.add(state, step=self.step, kind=kind, message=str(error or ""))
         if self.progress is not None:
@@ -164,8 +196,10 @@ def _ending(error: BaseException | None) -> tuple[str, str | None]:
     return "failed", getattr(error, "kind", "internal")
 
 
-def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[StepOutput, Tensor]:
+def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[StepOutput, Update]:
     """One optimizer step: forward and backward of each pass, the update, then what follows it."""
+    if job.undo is not None:
+        job.undo.keep()
     outs: list[StepOutput] = []
     for number, batch in enumerate(passes):
         with job.engine.accumulate(last=number == len(passes) - 1):
@@ -175,11 +209,14 @@ def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[Ste
                 job.engine.backward(out.loss / len(passes))
         outs.append(out)
     with watch.phase("optimizer"):
-        norm = job.engine.step(_lr_scale(job, passes[0].step))
+        update = job.engine.step(_lr_scale(job, passes[0].step))
     out = StepOutput.merge(outs)
-    with watch.phase("collective"):
+    if job.undo is not None and not update.applied:
+        job.undo.back()
+        return out, update
+    with watch.phase("collective"), job.engine.whole() if job.method.follows_weights else nullcontext():
         job.method.after_step(out, job.world)
-    return out, norm
+    return out, update
 
 
 def _lr_scale(job: Job, step: int) -> float:
@@ -190,8 +227,10 @@ def _lr_scale(job: Job, step: int) -> float:
 def fit(run: Run, stop_flag: StopFlag) -> None:
     """Every step from where the run stands to its last."""
     job, plan, config = run.job, run.job.plan, run.job.settings.run
-    meter, watch = Meter(job.device), Stopwatch()
-    guard = FiniteGuard(job)
+    tally = Tally(job, config.log_every)
+    watch = tally.watch
+    if run.owes_validation:
+        validate(run)
     batches = train_batches(job.dataset, plan, job.world, job.passes, run.step)
     job.method.trainable.train()
     with closing(batches):
@@ -199,71 +238,82 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
             with watch.phase("data"):
                 step, passes = next(batches)
             assert step == run.step, (step, run.step)
-            out, norm = train_step(job, passes, watch)
-            measure(meter, out, norm)
-            guard.watch(step, out.loss, norm)
+            out, update = train_step(job, passes, watch)
+            left_out = tally.add(passes, out, update)
+            if not update.applied:
+                skip(run, left_out)
             run.step += 1
 
             ended_epoch = run.step % plan.steps_per_epoch == 0
-            every = config.checkpoint_every or plan.steps_per_epoch
-            checkpoint_due = run.step % every == 0
-            stop = False
+            checkpoint_due = run.step % (config.checkpoint_every or plan.steps_per_epoch) == 0
             if run.step % config.log_every == 0 or checkpoint_due or ended_epoch:
-                means, asked = meter.reduce(job.world, int(stop_flag.received is not None))
-                guard.check(means["loss"])
-                publish(run, means, watch)
-                stop = asked > 0
+                reading = tally.read(stop_flag)
+                publish(run, reading)
+                stop = reading.stop and run.step < plan.n_steps
+            else:
+                stop = tally.should_stop(run.step, stop_flag)
             if ended_epoch and run.step // plan.steps_per_epoch % config.eval_every == 0:
-                validate(run)
+                run.owes_validation = True
+                if not stop:  # whoever asks for a stop does not wait for a long evaluation
+                    validate(run)
             if checkpoint_due or stop:
                 with watch.phase("checkpoint"):
                     save(run)
-            if stop and run.step < plan.n_steps:
+            if stop:
+                run.saver.wait()
                 raise Interrupted(f"stopped by a signal after step {run.step} of {plan.n_steps}; start again to go on")
+        run.saver.wait()
 
 
-def measure(meter: Meter, out: StepOutput, norm: Tensor) -> None:
-    """Hand a step's scalars to the meter; they stay on the device."""
-    parts = {f"parts:{name}": value for name, value in out.parts.items()}
-    gauges = {f"gauges:{name}": value for name, value in out.gauges.items()}
-    meter.add({"loss": out.loss, "grad_norm": norm, **parts, **gauges})
+def skip(run: Run, words: str | None) -> None:
+    """Count a step that was left out and say so, except for an overflow of float16, which is part of the trade."""
+    run.skipped += 1
+    if words is not None:
+        log.warning("%s", words)
+        run.events.add("skipped", step=run.step, message=words)
 
 
-def publish(run: Run, means: dict[str, float], watch: Stopwatch) -> None:
+def publish(run: Run, reading: Reading) -> None:
     """One line of metrics and of progress; main rank only."""
     if run.writer is None:
         return
+    means = reading.means
     groups: dict[str, dict[str, float]] = {"parts": {}, "gauges": {}}
     for name, value in means.items():
         group, _, rest = name.partition(":")
         if rest:
             groups[group][rest] = value
+    saving = {"save": run.saver.seconds} if run.saver.seconds else {}
+    run.saver.seconds = 0.0
     run.record(
         samples=run.step * run.job.plan.global_batch,
-        loss=means["loss"],
+        loss=means.get("loss"),
         **groups,
         lr=run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1),
-        grad_norm=means["grad_norm"],
-        timings=watch.read(),
+        grad_norm=means.get("grad_norm"),
+        skipped=run.skipped,
+        timings=reading.timings | saving,
     )
     if run.progress is not None:
-        run.progress.update(run.step, loss=means["loss"])
+        run.progress.update(run.step, loss=means.get("loss", math.nan))
 
 
 def validate(run: Run) -> None:
     """Score the validation split, remember the best student, tell the method."""
-    report = score(run.job, "val")
-    if report is None:
-        return
-    config = run.job.settings.eval
-    value = report.metrics.get(config.metric)
+    run.owes_validation = False
+    job, config = run.job, run.job.settings.eval
+    with job.engine.whole():
+        report = score(job, "val")
+        if report is None:
+            return
+        value = report.metrics.get(config.metric)
+        if value is not None and value > run.best.value:
+            weights = job.method.student.state_dict() if job.world.is_main else {}
+            run.best = Best(run.step, value, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
     run.record(val=report.metrics)
     if run.progress is not None:
         run.progress.validated(config.metric, value)
-    if value is not None and value > run.best.value:
-        weights = run.job.method.student.state_dict() if run.job.world.is_main else {}
-        run.best = Best(run.step, value, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
-    run.job.method.after_eval(report.metrics, run.job.world)
+    job.method.after_eval(report.metrics, job.world)
 
 
 def score(job: Job, split: Split) -> SplitReport | None:
@@ -284,6 +334,7 @@ def score(job: Job, split: Split) -> SplitReport | None:
 
 
 def save(run: Run) -> None:
+    """A checkpoint of the run as it stands."""
     job = run.job
     meta = {
         "epoch": job.plan.epoch_of(run.step),
@@ -291,20 +342,14 @@ def save(run: Run) -> None:
         "samples_per_pass": _samples_per_pass(job),
         "split_digest": job.split_digest,
         "teacher": None if job.teacher is None else job.teacher.card["sha256"],
+        "skipped": run.skipped,
+        "owes_validation": run.owes_validation,
         "config": job.settings.model_dump(mode="json"),
     }
-    checkpoint.check_equal([job.method.trainable, job.method.state], run.step, job.world)
-    checkpoint.save(
-        run.checkpoints,
-        run.step,
-        engine=job.engine,
-        state=job.method.state,
-        best=run.best,
-        meta=meta,
-        keep_last=job.settings.run.keep_last,
-        world=job.world,
-    )
-    run.events.add("checkpoint", step=run.step)
+    replicated = [job.method.state] if job.engine.sharded else [job.method.trainable, job.method.state]
+    checkpoint.check_equal(replicated, run.step, job.world)
+    state = [Entry(f"{STATE}{name}", t.nbytes, lambda t=t: t) for name, t in job.method.state.state_dict().items()]
+    run.saver.save(run.step, job.engine.entries() + state, run.best, meta)
 
 
 def _samples_per_pass(job: Job) -> int:
@@ -313,6 +358,12 @@ def _samples_per_pass(job: Job) -> int:
 
 def finish(run: Run) -> None:
     """Put the selected weights into the student, export it, and score it on every split that was held out."""
+    with run.job.engine.whole():
+        _finish(run)
+    barrier(run.job.world)
+
+
+def _finish(run: Run) -> None:
     job, settings = run.job, run.job.settings
     selected = "last"
     if settings.eval.select == "best" and run.best.step >= 0:
@@ -342,7 +393,6 @@ def finish(run: Run) -> None:
             write_report(run.folder, report, about | {"selection": selection})
             if run.progress is not None:
                 run.progress.scored(split, report.metrics)
-    barrier(job.world)
 
 
 def _from_main(weights: dict[str, Tensor] | None, job: Job) -> dict[str, Tensor]:

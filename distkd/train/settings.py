@@ -38,6 +38,13 @@ class RunConfig(StrictConfig):
     """Steps between two checkpoints; 0 writes one after each epoch."""
     keep_last: PositiveInt = 2
     """Checkpoints that are kept."""
+    keep_best: bool = False
+    """Keep the checkpoint of the best student too; its weights are in every later checkpoint anyway."""
+    save: Literal["async", "sync"] = "async"
+    """`async` copies what a checkpoint needs and writes it while training goes on; `sync` waits for the disk."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite gradient does: end the run, or be counted and left out on all ranks; either way its
+    samples are named. Ten in a row always end the run."""
 
 
 class BatchConfig(StrictConfig):

@@ -52,7 +52,8 @@ def test_workstation_starts_the_ranks_and_passes_the_rest_on(launch):
     )
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
-    assert words[:4] == ["OMP_NUM_THREADS=5", f"{sys.prefix}/bin/python", "-m", "torch.distributed.run"]
+    assert words[:2] == ["OMP_NUM_THREADS=5", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    assert words[2:5] == [f"{sys.prefix}/bin/python", "-m", "torch.distributed.run"]
     assert {"--standalone", "--nproc-per-node=3", "--max-restarts=2"} < set(words)
     assert "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" in words
     assert words[-4:] == [str(launch.folder / "launch" / "train.py"), "a b.yaml", "--optim.lr", "1e-3"]

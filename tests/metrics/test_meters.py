@@ -28,25 +28,25 @@ def on_ranks(monkeypatch, per_rank, flags):
     monkeypatch.setattr(meters, "all_reduce_sum", record)
     for world in worlds:
         with pytest.raises(InterruptedError):
-            filled(world.rank).reduce(world, flags[world.rank])
+            filled(world.rank).reduce(world, flag=flags[world.rank], own=(world.rank, 7))
     assert len({packed.shape for packed in sent}) == 1  # one collective of one shape, whatever the names
     monkeypatch.setattr(meters, "all_reduce_sum", lambda packed, world: torch.stack(sent).sum(dim=0))
-    return [filled(world.rank).reduce(world, flags[world.rank]) for world in worlds]
+    return [filled(world.rank).reduce(world, flag=flags[world.rank], own=(world.rank, 7)) for world in worlds]
 
 
 def test_one_process_gets_the_mean_over_its_steps_and_starts_afresh():
     meter = Meter()
     for value in (1.0, 2.0, 6.0):
         meter.add({"loss": torch.tensor(value), "kl": torch.tensor(value) / 2})
-    assert meter.reduce(World()) == {"kl": 1.5, "loss": 3.0}
-    assert meter.reduce(World()) == {}
+    assert meter.reduce(World()).means == {"kl": 1.5, "loss": 3.0}
+    assert meter.reduce(World()).means == {}
 
 
 def test_names_may_come_and_go_between_steps():
     meter = Meter()
     meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     meter.add({"a": torch.tensor(3.0)})
-    assert meter.reduce(World()) == {"a": 2.0, "b": 5.0}
+    assert meter.reduce(World()).means == {"a": 2.0, "b": 5.0}
 
 
 def test_values_are_detached_and_the_callers_tensor_is_not_changed():
@@ -56,7 +56,7 @@ def test_values_are_detached_and_the_callers_tensor_is_not_changed():
     meter.add({"x": weight})
     assert not any(value.requires_grad for value in meter._values["x"])
     assert weight.item() == 2.0
-    assert meter.reduce(World()) == {"x": 2.0}
+    assert meter.reduce(World()).means == {"x": 2.0}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -64,13 +64,14 @@ def test_every_rank_gets_the_mean_over_steps_and_ranks_and_the_sum_of_flags(monk
     per_rank = [[{"b": rank + step, "a": 1.0} for step in range(3)] for rank in range(size)]
     results = on_ranks(monkeypatch, per_rank, flags=[rank % 2 for rank in range(size)])
     mean = sum(rank + step for rank in range(size) for step in range(3)) / (3 * size)
-    for means, flag in results:
-        assert list(means) == ["a", "b"]
-        assert means == pytest.approx({"a": 1.0, "b": mean})
-        assert flag == size // 2
+    for found in results:
+        assert list(found.means) == ["a", "b"]
+        assert found.means == pytest.approx({"a": 1.0, "b": mean})
+        assert found.flags == size // 2
+        assert found.by_rank == [[rank, 7] for rank in range(size)]
 
 
-@pytest.mark.parametrize("other", [{"loss": 1.0, "extra": 2.0}, {"lost": 1.0}, {f"n{i}": 0.0 for i in range(29)}])
+@pytest.mark.parametrize("other", [{"loss": 1.0, "extra": 2.0}, {"lost": 1.0}, {f"n{i}": 0.0 for i in range(26)}])
 def test_a_rank_with_other_names_is_our_own_fault(monkeypatch, other):
     with pytest.raises(AssertionError, match="another rank measures other names"):
         on_ranks(monkeypatch, [[{"loss": 1.0}], [{"loss": 1.0}], [other]], flags=[0, 0, 0])
@@ -81,7 +82,8 @@ def test_a_rank_with_other_names_is_our_own_fault(monkeypatch, other):
 def test_any_number_of_names_survives_the_packing(names):
     meter = Meter()
     meter.add({name: torch.tensor(float(i)) for i, name in enumerate(names)})
-    assert meter.reduce(World(), 1) == ({name: float(i) for i, name in enumerate(names)}, 1)
+    found = meter.reduce(World(), flag=1)
+    assert (found.means, found.flags) == ({name: float(i) for i, name in enumerate(names)}, 1)
 
 
 def test_adding_never_waits_for_the_device():
@@ -163,13 +165,31 @@ def test_an_unknown_phase_is_our_own_fault():
         pass
 
 
-def _measure(world: World) -> tuple[dict[str, float], int]:
+def test_waiting_for_others_is_taken_from_the_phase_it_happens_in():
+    clock, waits = Clock(), Clock()
+    watch = Stopwatch(clock, waited=waits)
+    with watch.phase("forward"):
+        clock.now += 5.0
+        waits.now += 3.0  # of those five
+        with watch.phase("data"):
+            clock.now += 1.0
+    waits.now += 9.0  # outside of any phase
+    clock.now += 9.0
+    with watch.phase("optimizer"):
+        clock.now += 2.0
+    assert watch.read() == {"data": 1.0, "forward": 2.0, "collective": 3.0, "optimizer": 2.0}
+
+
+def _measure(world: World) -> tuple[dict[str, float], int, list[list[float]]]:
     meter = Meter()
     for step in range(3):
         meter.add({"loss": torch.tensor(float(world.rank + step))})
-    return meter.reduce(world, int(world.rank == 0))
+    found = meter.reduce(world, flag=int(world.rank == 0), own=(float(world.rank),))
+    return found.means, found.flags, found.by_rank
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_real_ranks_agree_on_means_and_flag(ranks, size):
-    assert ranks(size).run(_measure) == [({"loss": 1.0 + (size - 1) / 2}, 1)] * size
+    assert ranks(size).run(_measure) == [
+        ({"loss": 1.0 + (size - 1) / 2}, 1, [[float(rank)] for rank in range(size)])
+    ] * size

@@ -499,7 +499,7 @@ def test_every_checkpoint_is_damaged(place: Place):
     assert main(["train", str(place.write("alone"))]) == DONE
     folder = place.runs / "alone"
     (folder / "outcome.json").unlink()
-    for weights in folder.glob("checkpoints/*/trainable.safetensors"):
+    for weights in folder.glob("checkpoints/*/rank-00000.safetensors"):
         weights.write_bytes(b"")
     assert place.refused("alone") == (
         f"every checkpoint in {folder / 'checkpoints'} is damaged (digests differ); remove the folder to start again"
@@ -512,7 +512,7 @@ def test_a_checkpoint_is_of_a_newer_version(place: Place):
     (folder / "outcome.json").unlink()
     for path in folder.glob("checkpoints/*/meta.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
-    assert "has format 9, this version reads up to 1; update distkd" in place.refused("alone")
+    assert "has format 9, this version reads up to 2; update distkd" in place.refused("alone")
 
 
 def test_the_run_folder_cannot_be_written(place: Place):
@@ -546,7 +546,7 @@ def test_all_ranks_are_refused_together(ranks: Any, place: Place, damage: str, k
     config = settings_of(load(place.write("student")).model_dump(mode="json")).model_dump(mode="json")
     (place.runs / "student" / "outcome.json").unlink()
     if damage == "checkpoints":
-        for weights in place.runs.glob("student/checkpoints/*/state.safetensors"):
+        for weights in place.runs.glob("student/checkpoints/*/rank-00000.safetensors"):
             weights.write_bytes(b"")
         config["batch"]["micro_batch"] = 4
     elif damage == "root":

@@ -105,9 +105,9 @@ def test_an_outcome_is_read_back(tmp_path: Path):
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path):
-    half = tmp_path / ".step-00000003.partial"
+    half = tmp_path / ".step-00000003.a1b2.partial"
     half.mkdir()
-    (half / "trainable.safetensors").write_bytes(b"half")
+    (half / "rank-00000.safetensors").write_bytes(b"half")
     assert find_latest(tmp_path, World()) is None
     assert not half.exists()
 

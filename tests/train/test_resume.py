@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(shards: Path, roo
     _train(World(), broken, crash_at=9)
     newest = max((settings_of(broken).folder / "checkpoints").glob("step-*"))
     assert newest.name == "step-00000008"
-    weights = newest / "trainable.safetensors"
+    weights = newest / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     _train(World(), broken)
     for name, tensor in _ending(settings_of(whole).folder).items():

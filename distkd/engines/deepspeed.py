@@ -1,0 +1,413 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and weights spread over ranks that `comm.world.init` has made meet.
+
+Its own launcher, its mixed precision and its checkpoint files are not used: half precision is torch's autocast inside
+the wrapped forward and checkpoints have the tensors of every other engine, so that a run can change engine.
+
+What a step costs beyond DDP: at stages 1 to 3 the host waits for the device once, to see whether the gradient is finite,
+and the ranks exchange the updated weights; at stages 2 and 3 they exchange gradients in every pass, not in the last
+alone; at stage 3 every forward and backward gathers the weights, which Python hooks on each module set going.
+"""
+
+# DeepSpeed is not typed
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distkd.base import Batch, Forward, Outputs, World
+from distkd.engines.deepspeed_state import (
+    check_shapes,
+    fill_state,
+    optimizer_parts,
+    weight_part,
+    whole,
+)
+from distkd.engines.lost import transport
+from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, make_optimizer
+from distkd.engines.precision import float32_outputs
+from distkd.engines.protocol import Entry, OptimConfig, Update
+from distkd.errors import CheckpointError, ConfigError
+
+__all__ = ["DeepSpeedEngine"]
+
+_NEVER = 1 << 31
+_BUCKET = 500_000_000
+
+
+class DeepSpeedEngine:
+    """ZeRO 0 to 3 in float32; an update whose gradient is not finite is left out.
+
+    Args:
+        stage: 0 replicates as DDP does; 1 spreads the optimizer's state, 2 gradients too, 3 weights too.
+        keep_whole: parameters of at most this many numbers stay whole on every rank at stage 3.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self,
+        optim: OptimConfig,
+        world: World,
+        *,
+        device: torch.device,
+        stage: int,
+        autocast: torch.dtype | None = None,
+        keep_whole: int = 100_000,
+    ):
+        self.optim = optim
+        self.world = world
+        self.device = device
+        self.stage = stage
+        self.autocast = autocast
+        self.keep_whole = keep_whole
+        self.sharded = stage == 3
+        self._hooks: list[_Hook] = []
+        self._is_whole = False
+        _import(device)
+
+    def wrap(
+        self, trainable: nn.Module, groups: Sequence[dict[str, Any]], *, outside: Sequence[nn.Parameter] = ()
+    ) -> Forward:
+        """The module that records the graph, float32 outputs whatever the precision of its forward.
+
+        Collectives: a broadcast of every parameter, and a few more.
+
+        Raises:
+            ConfigError: a parameter is a scalar, which DeepSpeed cannot spread.
+        """
+        for name, p in trainable.named_parameters():
+            if p.dim() == 0:
+                raise ConfigError(
+                    f"parameter {name!r} is a scalar, which DeepSpeed cannot send; give it the shape (1,), or use "
+                    "engine.name=ddp"
+                )
+        self.trainable = trainable
+        self.names = {id(p): name for name, p in trainable.named_parameters()}
+        root = _Root(trainable, self.device, self.autocast)
+        optimizer = make_optimizer(self.optim, groups)
+        deepspeed = _import(self.device)
+        _make_room(self.world, self.device)
+        with warnings.catch_warnings(), self._calls("the set-up of DeepSpeed"):
+            warnings.simplefilter("ignore")
+            self.engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=self._config(trainable))
+            self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
+            if self.sharded:
+                self._keep_whole(root, outside)
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        return self._forward
+
+    def _config(self, trainable: nn.Module) -> dict[str, Any]:
+        numbers = sum(p.numel() for p in trainable.parameters())
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # losses come divided by the passes
+            "gradient_clipping": self.optim.clip if self.stage else 0.0,  # its default is 1.0; stage 0: see `step`
+            "steps_per_print": _NEVER,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": max(1, min(_BUCKET, numbers)),  # stage 3 allocates all of it
+                "stage3_param_persistence_threshold": self.keep_whole,
+            },
+        }
+
+    def _keep_whole(self, root: nn.Module, outside: Sequence[nn.Parameter]) -> None:
+        """Hold what losses use outside whole, and unhook modules that have nothing to be gathered.
+
+        Heads are then plain modules, wherever they are called. Hooks on modules above would do nothing but look for
+        tensors in what goes in and out, which here are no tensors.
+        """
+        kept: list[Any] = self.engine.optimizer.persistent_parameters
+        for p in outside:
+            if not p.ds_persist:  # pyright: ignore[reportAttributeAccessIssue]
+                p.ds_persist = True  # pyright: ignore[reportAttributeAccessIssue]
+                kept.append(p)
+        self._gather_kept()
+        self.spread: list[Any] = [p for p in root.parameters() if not p.ds_persist]  # pyright: ignore[reportAttributeAccessIssue]
+        owner = {id(table): module for module in root.modules() for table in _hook_tables(module)}
+        offload = self.engine.optimizer.parameter_offload
+        for handle in [*offload.forward_hooks, *offload.backward_hooks]:
+            table = handle.hooks_dict_ref()
+            if any(not p.ds_persist for p in owner[id(table)].parameters(recurse=False)):  # pyright: ignore[reportAttributeAccessIssue]
+                self._hooks.append((table, handle.id, table[handle.id]))
+            else:
+                handle.remove()
+
+    def _gather_kept(self) -> None:
+        kept: list[Any] = self.engine.optimizer.persistent_parameters
+        if kept:
+            kept[0].all_gather(kept)
+
+    def _forward(self, batch: Batch) -> Outputs:
+        with self._calls("the gathering of weights"):
+            out = _as_outputs(self.engine(batch))
+        return out if self.autocast is None else float32_outputs(out)
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Stages 0 and 1 exchange gradients in the last pass of a step only, 2 and 3 in every pass."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a pass.
+
+        Raises:
+            LostRankError: another rank was gone when its gradient or its weights were needed.
+        """
+        with self._calls("the exchange of gradients"):
+            self.engine.backward(loss)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> Update:
+        """One update, each rank of its part; left out where the gradient is not finite.
+
+        Collectives: at stages 1 to 3 the norm and the updated weights.
+        """
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+            group["lr"] = lr * lr_scale
+        if self.stage == 0:
+            return self._replicated_step()
+        with self._calls("the update of the weights"):
+            self.engine.step()
+            applied = self.engine.was_step_applied()
+            if self.sharded and not applied:
+                self._gather_kept()  # DeepSpeed forgets that when it skips
+        return Update(torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device), applied)
+
+    def _replicated_step(self) -> Update:
+        """Stage 0 knows no norm and clips as torch does; and it would apply what is not finite."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        applied = bool(norm.isfinite())
+        if applied:
+            if self.optim.clip:
+                nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
+            with self._calls("the update of the weights"):
+                self.engine.step()
+        self.engine.zero_grad()
+        return Update(norm, applied)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """At stage 3 all weights are gathered, and modules run as plain ones; what is written to them is lost.
+
+        Collectives: one gathering of all weights at stage 3.
+        """
+        if not self.sharded or self._is_whole:
+            yield
+            return
+        with self._calls("the gathering of weights"):
+            if self.spread:
+                self.spread[0].all_gather(self.spread)
+        # an evaluation takes another number of forwards on each rank, so nothing may be gathered on the way
+        tables = {id(table): (table, dict(table)) for table, _, _ in self._hooks}
+        for table, number, _ in self._hooks:
+            del table[number]
+        self._is_whole = True
+        try:
+            yield
+        finally:
+            self._is_whole = False
+            for table, before in tables.values():
+                added = dict(table)
+                table.clear()
+                table.update({**before, **added})
+            if self.spread:
+                self.spread[0].partition(self.spread)
+
+    def entries(self) -> list[Entry]:
+        """Weights, buffers and the optimizer's state, by name.
+
+        Collectives: none here; each `read` of what is spread is one all-reduce of the whole tensor.
+        """
+        state = self.trainable.state_dict(keep_vars=True)
+        found = [self._weight(name, tensor) for name, tensor in state.items()]
+        if self.stage == 0:
+            for p, values in self.optimizer.state.items():
+                for field, value in values.items():
+                    found.append(_entry(f"{OPTIMIZER}{self.names[id(p)]}/{field}", torch.as_tensor(value)))
+            return found
+        for name, part in self._parts().items():
+            for field, value in sorted(self.optimizer.state.get(part.flat, {}).items()):
+                label = f"{OPTIMIZER}{name}/{field}"
+                if field == "step":
+                    found.append(_entry(label, torch.as_tensor(value)))
+                else:
+                    nbytes = part.shape.numel() * value.element_size()
+                    found.append(Entry(label, nbytes, lambda part=part, flat=value: whole(part, flat, self.world)))
+        return found
+
+    def _weight(self, name: str, tensor: Any) -> Entry:
+        if not hasattr(tensor, "ds_tensor"):
+            return _entry(f"{TRAINABLE}{name}", tensor.detach())
+        part = weight_part(tensor, self.world)
+        nbytes = part.shape.numel() * tensor.element_size()
+        return Entry(f"{TRAINABLE}{name}", nbytes, lambda: whole(part, part.flat, self.world))
+
+    def _parts(self) -> dict[str, Any]:
+        return optimizer_parts(self.engine.optimizer, self.stage, self.names, self.world)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from `entries` of any engine; every rank has them all. No collective.
+
+        Raises:
+            CheckpointError: tensors are missing, or belong to another model or optimizer.
+        """
+        weights = {name.removeprefix(TRAINABLE): t for name, t in tensors.items() if name.startswith(TRAINABLE)}
+        check_shapes(self.trainable, weights)
+        saved: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(OPTIMIZER):
+                name, _, field = key.removeprefix(OPTIMIZER).rpartition("/")
+                saved.setdefault(name, {})[field] = value
+        check_fields(self.optim, {field for values in saved.values() for field in values})
+        for name, tensor in self.trainable.state_dict(keep_vars=True).items():
+            self._set_weight(tensor, weights[name])
+        if self.stage == 0:
+            self._set_replicated_state(saved)
+            return
+        self.engine.optimizer.refresh_fp32_params()
+        fill_state(self.optimizer, self._parts(), saved)
+
+    def _set_weight(self, tensor: Any, value: Tensor) -> None:
+        if hasattr(tensor, "ds_tensor"):
+            part = weight_part(tensor, self.world)
+            part.write(part.flat, value)
+            if not tensor.ds_persist:
+                return
+        tensor.detach().copy_(value)
+
+    def _set_replicated_state(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        by_name = {self.names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
+        unknown = sorted(saved.keys() - by_name.keys())
+        if unknown:
+            raise CheckpointError(f"the checkpoint does not fit this model: unexpected {', '.join(unknown)}")
+        self.optimizer.state.clear()
+        for name, values in saved.items():
+            for field, value in values.items():
+                on_host = field == "step"
+                self.optimizer.state[by_name[name]][field] = (
+                    value.clone() if on_host else value.to(self.device, copy=True)
+                )
+
+    @contextmanager
+    def _calls(self, what: str) -> Iterator[None]:
+        """Around DeepSpeed: its use of what torch renamed is not the user's concern, and lost ranks get a name."""
+        with warnings.catch_warnings(), transport(what, self.world):
+            for category in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.filterwarnings("ignore", category=category, module=r"deepspeed(\.|$)")
+            yield
+
+
+class _Root(nn.Module):
+    """What DeepSpeed wraps: dictionaries of tensors come out, where it can find them."""
+
+    def __init__(self, model: nn.Module, device: torch.device, autocast: torch.dtype | None):
+        super().__init__()
+        self.model = model
+        self.kind = device.type
+        self.autocast = autocast
+
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        # in here, because DeepSpeed switches off an autocast that is around it
+        with torch.autocast(self.kind, self.autocast, enabled=self.autocast is not None):
+            return _as_dict(self.model(batch))
+
+
+def _as_dict(out: Outputs) -> dict[str, Any]:
+    found = {field.name: getattr(out, field.name) for field in fields(out)}
+    return {**found, "branches": {name: _as_dict(branch) for name, branch in out.branches.items()}}
+
+
+def _as_outputs(found: dict[str, Any]) -> Outputs:
+    return Outputs(**{**found, "branches": {name: _as_outputs(each) for name, each in found["branches"].items()}})
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, tensor.nbytes, lambda: tensor)
+
+
+_Hook = tuple[dict[int, Any], int, Any]
+"""A module's table of hooks, the key in it, and the hook."""
+
+
+def _hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    return [module._forward_pre_hooks, module._forward_hooks]  # pyright: ignore[reportPrivateUsage, reportReturnType]
+
+
+def _import(device: torch.device) -> Any:
+    """DeepSpeed for this kind of device, without its habit of compiling.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it guesses, and warns, otherwise
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            import deepspeed.ops
+
+            _compile_nothing(deepspeed)
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.name is deepspeed, but it cannot be imported ({error}); pip install 'distkd[deepspeed]', or use "
+            "engine.name=ddp or fsdp"
+        ) from error
+    return deepspeed
+
+
+def _compile_nothing(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling what is not used here.
+
+    On a CPU each process would build an operator for inference, a minute the first time; it is told that this machine
+    cannot. Answered before it is asked, the question starts no compiler either to find out what else would be possible.
+    And decorating the Muon optimizer, which every start imports, would load torch's compiler, four seconds.
+    """
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    from deepspeed.runtime import compiler
+
+    before, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        compiler.compile = before
+
+
+def _make_room(world: World, device: torch.device) -> None:
+    """Let DeepSpeed start in the process group that there is, whatever it has done in this process before.
+
+    It remembers groups that may be gone, and numbers parameters and modules over all engines, while these numbers must
+    be equal on all ranks. It would clone the group with a timeout of its own, so it is handed ours.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    if not dist.is_initialized():
+        assert world.size == 1, world
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.get_world_size() == world.size, (dist.get_world_size(), world)
+    comm.cdb = None
+    groups._release_process_group_references()  # pyright: ignore[reportPrivateUsage]
+    groups._WORLD_GROUP = dist.group.WORLD  # pyright: ignore[reportPrivateUsage]
+    FWD_MODULE_STACK.clear()
+    Init.param_id = 0
+    counter: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__  # pyright: ignore[reportPrivateUsage]
+    counter[0][0] = 0

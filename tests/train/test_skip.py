@@ -1,0 +1,127 @@
+"""`run.nonfinite=skip`: a step whose gradient is no number is left out on all ranks, as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distkd.base import Batch, StepOutput, World
+from distkd.data.loader import train_batches
+from distkd.data.plan import Plan
+from distkd.errors import NonFiniteError
+from distkd.metrics.jsonl import read_jsonl
+from distkd.metrics.meters import Stopwatch
+from distkd.train import loop
+from distkd.train.job import Job, assemble
+from distkd.train.loop import train, train_step
+from tests.laws.common import law_config, settings_of
+
+
+def _config(shards: Path, root: Path, name: str, **overrides: Any) -> dict[str, Any]:
+    run = {"name": name, "epochs": 1, "nonfinite": "skip", **overrides.pop("run", {})}
+    return law_config("dc_distill", shards, root, run=run, **overrides)
+
+
+def _spoil(batch: Batch) -> Batch:
+    """One sample becomes NaN, in all its views: its batch statistics, losses and gradients follow."""
+    for view in batch.views:
+        view["path"][1] = float("nan")
+    return batch
+
+
+def _two_ways(world: World, config: dict[str, Any], bad_rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Three good steps, with and without a bad one after the first two, which only one rank sees at its source."""
+    found: list[dict[str, Tensor]] = []
+    for spoiled in (False, True):
+        job = assemble(settings_of(config), world)
+        job.method.trainable.train()
+        batches = train_batches(job.dataset, job.plan, world, job.passes, 0)
+        steps = [next(batches)[1] for _ in range(4)]
+        batches.close()
+        for number in (0, 1, 2, 3):
+            if number == 2:
+                if not spoiled:
+                    continue
+                if world.rank == bad_rank:
+                    _spoil(steps[2][0])
+            _, update = train_step(job, steps[number], Stopwatch())
+            assert update.applied == (number != 2)
+        found.append({**job.method.trainable.state_dict(), **job.method.state.state_dict()})
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("size, bad_rank", [(1, 0), (2, 1)])
+def test_a_step_that_is_left_out_leaves_nothing_behind(ranks: Any, shards: Path, root: Path, size: int, bad_rank: int):
+    """Not in weights, nor batch statistics, nor the mean teacher, nor the banks."""
+    for without, with_bad in ranks(size).run(_two_ways, config=_config(shards, root, "skip"), bad_rank=bad_rank):
+        assert without.keys() == with_bad.keys()
+        for name, tensor in without.items():
+            assert torch.equal(tensor, with_bad[name]), name
+
+
+def _train(world: World, config: dict[str, Any], bad: list[int], bad_rank: int, crash_at: int | None = None) -> str:
+    original = loop.train_step
+
+    def spoiled(job: Job, passes: Any, watch: Any) -> Any:
+        if passes[0].step == crash_at:
+            raise KeyError("crash")
+        if passes[0].step in bad and world.rank == bad_rank:
+            for batch in passes:
+                _spoil(batch)
+        return original(job, passes, watch)
+
+    loop.train_step = spoiled
+    try:
+        train(settings_of(config), world)
+    except NonFiniteError as error:
+        return str(error)
+    except KeyError:
+        return "crash"
+    finally:
+        loop.train_step = original
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_skipped_steps_are_counted_and_their_samples_named(ranks: Any, shards: Path, root: Path):
+    config = _config(shards, root, "counted")
+    assert ranks(2).run(_train, config=config, bad=[3, 4, 9], bad_rank=1) == ["", ""]
+    folder = settings_of(config).folder
+    lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "skipped" in line]
+    assert [line["skipped"] for line in lines] == [{2: 0, 4: 1, 6: 2, 8: 2}.get(line["step"], 3) for line in lines]
+    assert all(line["loss"] is not None for line in lines)
+    events = [json.loads(line) for line in (folder / "events" / "rank-00000.jsonl").read_text().splitlines()]
+    messages = [event["message"] for event in events if event["event"] == "skipped"]
+    assert len(messages) == 3
+    assert messages[0].startswith("step 3 is left out, its loss or gradient is not finite: rank 1, samples ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_count_goes_on_after_a_restart(ranks: Any, shards: Path, root: Path):
+    config = _config(shards, root, "resumed", run={"checkpoint_every": 4})
+    assert ranks(1).run(_train, config=config, bad=[1, 6], bad_rank=0, crash_at=10) == ["crash"]
+    assert ranks(1).run(_train, config=config, bad=[1, 6], bad_rank=0) == [""]
+    lines = [line for line in read_jsonl(settings_of(config).folder / "metrics.jsonl") if "skipped" in line]
+    assert lines[-1]["skipped"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ten_in_a_row_end_the_run(ranks: Any, shards: Path, root: Path):
+    config = _config(shards, root, "endless")
+    first, second = ranks(2).run(_train, config=config, bad=list(range(2, 99)), bad_rank=0)
+    assert first == second
+    assert first.startswith("loss or gradient was not finite in 10 steps in a row, the last at step 11: rank 0, samples ")
+
+
+def test_an_epoch_without_a_single_good_step_still_has_metrics(shards: Path, root: Path):
+    config = _config(shards, root, "none", run={"log_every": 1})
+    plan = Plan(240, 16, 3, 1)
+    assert plan.n_steps > 5
+    assert _train(World(), config, [4], 0) == ""
+    lines = read_jsonl(settings_of(config).folder / "metrics.jsonl")
+    assert next(line for line in lines if line["step"] == 5)["loss"] is None

@@ -1,0 +1,86 @@
+"""Asking for a stop: heard within seconds however long steps are, and not held up by an evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distkd.base import World
+from distkd.comm.world import barrier
+from distkd.errors import Interrupted
+from distkd.metrics.jsonl import read_jsonl
+from distkd.train import loop
+from distkd.train.checkpoint import Tensors, complete, read_meta
+from distkd.train.loop import train
+from distkd.train.signals import REACTION_S, Pacing
+from tests.laws.common import law_config, settings_of
+
+
+@given(log_every=st.integers(1, 1000), step_s=st.floats(0, 1e6))
+def test_ranks_ask_each_other_at_least_every_two_seconds_of_steps(log_every: int, step_s: float):
+    pacing = Pacing(log_every)
+    assert pacing.is_due(1)  # before anything is known, every step
+    pacing.learn(step_s)
+    assert 1 <= pacing.every <= log_every
+    assert pacing.every == 1 or pacing.every * step_s <= REACTION_S
+
+
+def _train(world: World, config: dict[str, Any], stop_in: int | None) -> str:
+    """Train; the last rank gets a signal inside step `stop_in`."""
+    original = loop.train_step
+
+    def watched(job: loop.Job, passes: Any, watch: Any) -> Any:
+        if passes[0].step == stop_in and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(job, passes, watch)
+
+    loop.train_step = watched
+    try:
+        train(settings_of(config), world)
+    except Interrupted as stop:
+        barrier(world)
+        return str(stop)
+    finally:
+        loop.train_step = original
+    return ""
+
+
+def test_long_steps_are_stopped_between_two_logging_steps(ranks: Any, shards: Path, root: Path):
+    """In the first steps, while it is not known how long they take."""
+    config = law_config("supervised", shards, root, run={"name": "long", "epochs": 1, "log_every": 1000})
+    said = ranks(2).run(_train, config=config, stop_in=3)
+    assert said == ["stopped by a signal after step 4 of 15; start again to go on"] * 2
+    [path] = complete(settings_of(config).folder / "checkpoints")
+    assert read_meta(path)["step"] == 4
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_start(
+    ranks: Any, shards: Path, root: Path, size: int
+):
+    whole, broken = (
+        law_config(
+            "dc_teacher", shards, root, run={"name": f"{name}-{size}", "epochs": 2}, eval={"select": "best"}
+        )
+        for name in ("whole", "broken")
+    )
+    assert ranks(size).run(_train, config=whole, stop_in=None) == [""] * size
+    said = ranks(size).run(_train, config=broken, stop_in=14)
+    assert said[0].startswith("stopped by a signal after step 15 of 30")
+    folders = [settings_of(config).folder for config in (whole, broken)]
+    assert not [line for line in read_jsonl(folders[1] / "metrics.jsonl") if "val" in line]
+    assert json.loads((folders[1] / "outcome.json").read_text())["state"] == "interrupted"
+    assert ranks(size).run(_train, config=broken, stop_in=None) == [""] * size
+    expected, found = (dict(Tensors(complete(folder / "checkpoints")[-1])) for folder in folders)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    lines = [[{**line, "timings": None} for line in read_jsonl(folder / "metrics.jsonl")] for folder in folders]
+    assert lines[0] == lines[1]
