@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 ARGS ?=
+FAULT_SEED ?= $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
 # ranks share the cores: one thread each
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format
+.PHONY: help venv demo test faults check format
 
 help:  ## show this
 	@echo 'usage: make TARGET'
@@ -24,6 +25,9 @@ demo: $(STAMP)  ## shards, teacher, students and report on the embedded data: 2 
 
 test: $(STAMP)  ## all tests; ARGS='-k bank -x' are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP)  ## 50 kills and more at random moments, some 15 minutes; FAULT_SEED=N takes the same moments again
+	FAULTS=full FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults -s $(ARGS)
 
 check: $(STAMP)  ## lint, format, types and layers
 	$(BIN)/python -m ruff check .

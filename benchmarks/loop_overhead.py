@@ -19,11 +19,11 @@ from distkd.base import Batch, World
 from distkd.config import settings_class
 from distkd.data.loader import train_batches
 from distkd.data.make import make_shards
-from distkd.metrics.meters import Meter, Stopwatch
-from distkd.train.finite import FiniteGuard
 from distkd.train.job import Job, assemble
-from distkd.train.loop import measure, train, train_step
+from distkd.train.loop import train, train_step
 from distkd.train.settings import Settings
+from distkd.train.signals import StopFlag
+from distkd.train.tally import Tally
 
 
 def settings(root: Path, model: str, *, teacher: bool) -> Settings:
@@ -58,15 +58,14 @@ def by_hand(job: Job, batches: list[Batch]) -> None:
 
 def by_loop(job: Job, batches: list[Batch], log_every: int) -> None:
     """The body of `train.loop.fit` between two evaluations."""
-    meter, watch, guard = Meter(job.device), Stopwatch(), FiniteGuard(job)
+    tally, stop_flag = Tally(job, log_every), StopFlag()
     for number, batch in enumerate(batches):
-        out, norm = train_step(job, [batch], watch)
-        measure(meter, out, norm)
-        guard.watch(batch.step, out.loss, norm)
+        out, update = train_step(job, [batch], tally.watch)
+        tally.add([batch], out, update)
         if (number + 1) % log_every == 0:
-            means, _ = meter.reduce(job.world, 0)
-            guard.check(means["loss"])
-            watch.read()
+            tally.read(stop_flag)
+        else:
+            tally.should_stop(number + 1, stop_flag)
 
 
 def main() -> None:

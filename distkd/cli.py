@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistkdError as error:
         if arguments.debug:
             traceback.print_exc()
-        if world.is_main or error.local:
+        lost = isinstance(error, LostRankError) and world.local_rank == 0  # the main rank may be the one that is gone
+        if world.is_main or error.local or lost:
             prefix = "" if world.is_main else f"rank {world.rank}: "
             print(f"distkd: {prefix}{error}", file=sys.stderr, flush=True)
         else:

@@ -6,7 +6,6 @@ the real one. Nothing is sent over a network and no process group is made.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import resource
@@ -24,6 +23,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from distkd.engines.optimizer import find_apex
 
 __all__ = ["Check", "checks", "run"]
 
@@ -47,6 +48,7 @@ def checks() -> list[Check]:
     environ = os.environ
     cores = len(os.sched_getaffinity(0))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apex = find_apex()
     return [
         check_python(sys.version_info[:3]),
         check_torch(torch.__version__, torch.version.cuda, driver=shutil.which("nvidia-smi") is not None, gpus=gpus),
@@ -63,7 +65,7 @@ def checks() -> list[Check]:
         check_tools(_missing_tools()),
         check_compiler(shutil.which("g++", path=environ.get("PATH")), _version("ninja")),
         *(check_optional(name, _version(name), use) for name, use in _OPTIONAL.items()),
-        check_apex(_version("apex"), real=_has_real_apex()),
+        check_apex(_version("apex"), real=apex == "nvidia", broken=apex == "broken"),
         check_slurm(environ, sbatch=shutil.which("sbatch") is not None, gpus=gpus),
     ]
 
@@ -243,10 +245,14 @@ def check_optional(name: str, version: str | None, use: str) -> Check:
     return Check(name, "ok", f"not installed; only for {use}", fix)
 
 
-def check_apex(version: str | None, *, real: bool) -> Check:
+def check_apex(version: str | None, *, real: bool, broken: bool = False) -> Check:
     """Two packages share a name: NVIDIA's, which is built from source, and a web toolkit on the package index."""
     if real:
         return Check("NVIDIA apex", "ok", f"{version or 'from source'}, with its CUDA extensions")
+    if broken:
+        found = f"{version or 'from source'}, but its CUDA extensions are missing or do not fit this torch"
+        fix = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . in a clone of github.com/NVIDIA/apex"
+        return Check("NVIDIA apex", "warn", found, fix)
     if version is None:
         return Check("NVIDIA apex", "ok", "not installed; torch's own fused optimizers are used")
     found = f"`apex` {version} is not usable: the package of that name on the index is an unrelated web toolkit"
@@ -332,13 +338,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _has_real_apex() -> bool:
-    """Only NVIDIA's has `amp_C`; a build against another torch fails in one of several ways when it is loaded."""
-    try:
-        importlib.import_module("amp_C")
-        importlib.import_module("apex.optimizers")
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True

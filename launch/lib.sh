@@ -43,10 +43,12 @@ gpus() {
     fi
 }
 
-# show NAME=VALUE ARGUMENTS...: the torchrun command with these arguments, as it could be typed
+# show NAME=VALUE... ARGUMENTS...: the torchrun command with these variables and arguments, as it could be typed
 show() {
+    local variables=()
+    while [[ ${1:-} =~ ^[A-Z_]+= ]]; do variables+=("$1") && shift; done
     "$python" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' \
-        "$1" "$python" -m torch.distributed.run "${@:2}"
+        "${variables[@]}" "$python" -m torch.distributed.run "$@"
 }
 
 # supervise COMMAND...: run it, pass signals on, wait for its end however often a signal interrupts; leaves $code

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
     """Train, and leave the exit code where the launching script asks for it."""
+    _end_with_torchrun()
     folder = os.environ.get("DISTKD_EXIT_CODES")
     if folder is None:
         return _train()
@@ -19,6 +24,15 @@ def main() -> int:
     code = _train()
     note.write_text(str(code))
     return code
+
+
+def _end_with_torchrun() -> None:
+    """Have the kernel ask this rank to stop when its torchrun is killed.
+
+    Otherwise it trains on without anybody who watches it, beside the ranks of the next start.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _train() -> int:

@@ -77,6 +77,6 @@ fi
 echo "installing torch and distkd into .venv: some minutes the first time"
 # torch first and alone: a package that merely asks for torch would bring in the newest one
 "${pip[@]}" ${index[@]+"${index[@]}"} torch numpy
-"${pip[@]}" --editable '.[dev]'
+"${pip[@]}" --editable '.[dev,deepspeed]'
 .venv/bin/python -c 'import distkd, torch; print(f"ready: distkd {distkd.__version__}, torch {torch.__version__}")'
 touch "$stamp"

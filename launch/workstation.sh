@@ -47,11 +47,13 @@ if [[ -z $nproc ]]; then
     [[ $nproc -gt 0 ]] || nproc=$((cores > 1 ? 2 : 1))
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+# otherwise ranks that are started again find the addresses of the dead ones in the old store: refused, or a long wait
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 command=("${torchrun[@]}" --standalone --nproc-per-node="$nproc" --max-restarts="$max_restarts"
     "$here/train.py" "${arguments[@]}")
 if [[ -n $print ]]; then
-    show OMP_NUM_THREADS="$OMP_NUM_THREADS" "${command[@]}"
+    show OMP_NUM_THREADS="$OMP_NUM_THREADS" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "${command[@]}"
     exit 0
 fi
 run_ranks "$(value_of --run.root "${arguments[@]}")" "${command[@]}"

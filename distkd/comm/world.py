@@ -107,10 +107,12 @@ def _guard(name: str, world: World, call: Callable[[], T]) -> T:
         return call()
     except (RuntimeError, dist.DistError) as error:
         if _DISAGREEMENT in str(error):
-            raise DivergedError(
+            apart = DivergedError(
                 f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} is not what the other "
                 f"ranks are in: {error}; look for code that differs by rank"
-            ) from error
+            )
+            apart.local = True  # each rank knows best where it is itself
+            raise apart from error
         raise LostRankError(
             f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} failed: {error}; another "
             "rank died or stopped answering, start the run again to resume"

@@ -26,4 +26,4 @@ def make_engine(
         from distkd.engines.fsdp import FSDPEngine
 
         return FSDPEngine(optim, world, device=device, autocast=autocast, skip=skip)
-    return DDPEngine(optim, world, device=device, autocast=autocast, skip=skip)
+    return DDPEngine(optim, world, device=device, autocast=autocast, skip=skip, compile=config.compile)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Forward, Outputs, World
-from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, make_optimizer
+from distkd.engines.lost import transport
+from distkd.engines.optimizer import TRAINABLE, load_state, make_optimizer, state_entries
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
-from distkd.errors import CheckpointError, LostRankError
+from distkd.engines.scaler import LossScale
+from distkd.errors import CheckpointError, ConfigError
 
 __all__ = ["DDPEngine"]
-
-_TRANSPORTS = ("gloo", "NCCL", "ncclComm")
 
 
 class DDPEngine:
     """Gradients are averaged over ranks while the backward runs; every rank applies the same update.
 
     Args:
-        skip: leave out updates whose gradient is not finite, at the price of one host sync a step.
+        autocast: half precision of the model's forward; with float16 the loss is scaled, and an update whose gradient
+            overflows is left out, at the price of one host sync a step.
+        skip: leave out updates whose gradient is not finite in any precision, at the same price.
+        compile: compile the model's forward with `torch.compile`.
     """
 
     sharded = False
@@ -38,26 +43,37 @@ class DDPEngine:
         device: torch.device,
         autocast: torch.dtype | None = None,
         skip: bool = False,
+        compile: bool = False,
     ):
         self.optim = optim
         self.world = world
         self.device = device
         self.autocast = autocast
         self.skip = skip
+        self.compile = compile
+        self.loss_scale = LossScale() if autocast == torch.float16 else None
 
     def wrap(
         self, trainable: nn.Module, groups: Sequence[dict[str, Any]], *, outside: Sequence[nn.Parameter] = ()
     ) -> Forward:
-        """The module that records the graph, float32 outputs whatever the precision of its forward."""
+        """The module that records the graph, float32 outputs whatever the precision of its forward.
+
+        Raises:
+            ConfigError: the optimizer or the compiler that the config asks for is not there.
+        """
         self.trainable = trainable
-        self.names = {id(p): name for name, p in trainable.named_parameters()}
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = make_optimizer(self.optim, groups)
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.optimizer = make_optimizer(self.optim, groups, apex=True)
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped: nn.Module = trainable
+        if self.compile:
+            # inside DDP, whose hooks stay as they are; the state dict is taken from `trainable`, which has no prefix
+            self.wrapped = _compiled(trainable)
         if self.world.size > 1:
             # no broadcast of buffers: batch statistics are already equal, and banks are not in this module
-            self.wrapped = DistributedDataParallel(trainable, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(
+                self.wrapped, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
         return self._forward
 
     def _forward(self, batch: Batch) -> Outputs:
@@ -79,44 +95,63 @@ class DDPEngine:
         Raises:
             LostRankError: another rank was gone when its gradient was needed.
         """
-        try:
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.value
+        with transport("the exchange of gradients", self.world):
             loss.backward()
-        except RuntimeError as error:
-            # DDP exchanges gradients by itself, and its failures have no type of their own
-            if self.world.size > 1 and any(word in str(error) for word in _TRANSPORTS):
-                raise LostRankError(
-                    f"rank {self.world.rank} of {self.world.size}: the exchange of gradients failed: {error}; another "
-                    "rank died or stopped answering, start the run again to resume"
-                ) from error
-            raise
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> Update:
-        """One update of every rank's weights."""
+        """One update of every rank's weights.
+
+        The gradients are reduced, so all ranks see the same norm and leave out the same updates without asking.
+
+        Raises:
+            NonFiniteError: float16 overflows whatever the scale; on all ranks.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.skip and not norm.isfinite():
-            self.optimizer.zero_grad()
+        norm = _total_norm(gradients) if gradients else torch.zeros((), device=self.device)
+        unscale = 1.0
+        if self.loss_scale is not None:
+            unscale = 1 / self.loss_scale.value
+            norm = norm * unscale
+        # the one host sync of a step, and only where an update may be left out
+        if (self.skip or self.loss_scale is not None) and not norm.isfinite():
+            self._forget_gradients()
+            if self.loss_scale is not None:
+                self.loss_scale.overflow()
             return Update(norm, applied=False)
         if self.optim.clip:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip, norm)
+            factor = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0) * unscale
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        elif self.loss_scale is not None:
+            torch._foreach_mul_(gradients, unscale)  # pyright: ignore[reportPrivateImportUsage]
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_scale
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._forget_gradients()
+        if self.loss_scale is not None:
+            self.loss_scale.good()
         return Update(norm)
+
+    def _forget_gradients(self) -> None:
+        """What `optimizer.zero_grad` does, without its bookkeeping."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def whole(self) -> AbstractContextManager[None]:
         """Weights are whole at any time."""
         return nullcontext()
 
     def entries(self) -> list[Entry]:
-        """Weights, buffers and the optimizer's state, by name."""
-        tensors = {f"{TRAINABLE}{name}": tensor for name, tensor in self.trainable.state_dict().items()}
-        for parameter, values in self.optimizer.state.items():
-            for field, value in values.items():
-                tensors[f"{OPTIMIZER}{self.names[id(parameter)]}/{field}"] = torch.as_tensor(value)
-        return [Entry(name, tensor.nbytes, lambda t=tensor: t) for name, tensor in tensors.items()]
+        """Weights, buffers, the optimizer's state and the scale of the loss, by name."""
+        weights = [
+            Entry(f"{TRAINABLE}{name}", tensor.nbytes, lambda t=tensor: t)
+            for name, tensor in cast("dict[str, Tensor]", self.trainable.state_dict()).items()
+        ]
+        names = {id(p): name for name, p in self.trainable.named_parameters()}
+        scale = [] if self.loss_scale is None else self.loss_scale.entries()
+        return weights + state_entries(self.optimizer, names) + scale
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from `entries`; every rank has them all.
@@ -129,11 +164,23 @@ class DDPEngine:
             self.trainable.load_state_dict(weights)
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint does not fit this model: {error}") from error
-        by_name = {self.names[id(p)]: p for p in self.parameters}
-        saved = {name.removeprefix(OPTIMIZER): t for name, t in tensors.items() if name.startswith(OPTIMIZER)}
-        check_fields(self.optim, {key.rpartition("/")[2] for key in saved})
-        for key, value in saved.items():
-            name, _, field = key.rpartition("/")
-            # torch keeps Adam's step counter on the host unless the optimizer is fused or capturable
-            on_host = field == "step"
-            self.optimizer.state[by_name[name]][field] = value.clone() if on_host else value.to(self.device, copy=True)
+        learning = {id(p) for p in self.parameters}
+        named = {name: p for name, p in self.trainable.named_parameters() if id(p) in learning}
+        load_state(self.optim, self.optimizer, named, tensors)
+        if self.loss_scale is not None:
+            self.loss_scale.load(tensors)
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """`nn.utils.get_total_norm` for gradients of one device and type, without looking for groups among them."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"engine.compile needs a C++ compiler, and {compiler!r} is not on PATH; sudo apt-get install g++, or use "
+            "engine.compile=false"
+        )
+    return cast(nn.Module, torch.compile(module))

@@ -38,7 +38,7 @@ from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.errors import CheckpointError, ConfigError
 
-__all__ = ["DeepSpeedEngine"]
+__all__ = ["DeepSpeedEngine", "forget"]
 
 _NEVER = 1 << 31
 _BUCKET = 500_000_000
@@ -49,11 +49,13 @@ class DeepSpeedEngine:
 
     Args:
         stage: 0 replicates as DDP does; 1 spreads the optimizer's state, 2 gradients too, 3 weights too.
-        keep_whole: parameters of at most this many numbers stay whole on every rank at stage 3.
 
     Raises:
         ConfigError: DeepSpeed is not installed.
     """
+
+    keep_whole = 100_000
+    """Parameters of at most this many numbers stay whole on every rank at stage 3: gathering them would cost more."""
 
     def __init__(
         self,
@@ -63,14 +65,12 @@ class DeepSpeedEngine:
         device: torch.device,
         stage: int,
         autocast: torch.dtype | None = None,
-        keep_whole: int = 100_000,
     ):
         self.optim = optim
         self.world = world
         self.device = device
         self.stage = stage
         self.autocast = autocast
-        self.keep_whole = keep_whole
         self.sharded = stage == 3
         self._hooks: list[_Hook] = []
         self._is_whole = False
@@ -97,7 +97,7 @@ class DeepSpeedEngine:
         root = _Root(trainable, self.device, self.autocast)
         optimizer = make_optimizer(self.optim, groups)
         deepspeed = _import(self.device)
-        _make_room(self.world, self.device)
+        _join(self.world, self.device)
         with warnings.catch_warnings(), self._calls("the set-up of DeepSpeed"):
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=self._config(trainable))
@@ -307,8 +307,8 @@ class DeepSpeedEngine:
     def _calls(self, what: str) -> Iterator[None]:
         """Around DeepSpeed: its use of what torch renamed is not the user's concern, and lost ranks get a name."""
         with warnings.catch_warnings(), transport(what, self.world):
-            for category in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.filterwarnings("ignore", category=category, module=r"deepspeed(\.|$)")
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", module=r"deepspeed\.")
             yield
 
 
@@ -387,15 +387,11 @@ def _compile_nothing(deepspeed: Any) -> None:
         compiler.compile = before
 
 
-def _make_room(world: World, device: torch.device) -> None:
-    """Let DeepSpeed start in the process group that there is, whatever it has done in this process before.
+def _join(world: World, device: torch.device) -> None:
+    """Let DeepSpeed start in the process group that there is.
 
-    It remembers groups that may be gone, and numbers parameters and modules over all engines, while these numbers must
-    be equal on all ranks. It would clone the group with a timeout of its own, so it is handed ours.
+    It would clone the group, with a timeout of its own, so it is handed ours; in a world of one it needs one to be made.
     """
-    from deepspeed.comm import comm
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
@@ -404,9 +400,22 @@ def _make_room(world: World, device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     assert dist.get_world_size() == world.size, (dist.get_world_size(), world)
+    forget()
+    groups._WORLD_GROUP = dist.group.WORLD  # pyright: ignore[reportPrivateUsage]
+
+
+def forget() -> None:
+    """Clear what earlier engines left in DeepSpeed's modules: groups that may be gone, and the modules of stage 3.
+
+    It also numbers parameters and modules over all engines of a process; these numbers must be equal on all ranks.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
     comm.cdb = None
     groups._release_process_group_references()  # pyright: ignore[reportPrivateUsage]
-    groups._WORLD_GROUP = dist.group.WORLD  # pyright: ignore[reportPrivateUsage]
     FWD_MODULE_STACK.clear()
     Init.param_id = 0
     counter: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__  # pyright: ignore[reportPrivateUsage]

@@ -25,17 +25,17 @@ from torch.distributed.tensor import DTensor
 
 from distkd.base import Batch, Forward, Outputs, World
 from distkd.comm.world import all_gather_rows, all_reduce_sum
-from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, make_optimizer
+from distkd.engines.lost import transport
+from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, load_state, make_optimizer, state_entries
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
-from distkd.errors import CheckpointError, LostRankError
+from distkd.errors import CheckpointError
 
 __all__ = ["FSDPEngine"]
 
 UNIT = 1 << 20
 """Parameters that are worth a collective of their own; smaller modules are gathered with what they are in."""
 
-_TRANSPORTS = ("gloo", "NCCL", "ncclComm")
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -101,25 +101,12 @@ class FSDPEngine:
         return self.shards[name].rows if name in self.shards else given
 
     def _forward(self, batch: Batch) -> Outputs:
-        with self._transport("the gathering of weights"):
+        with transport("the gathering of weights", self.world):
             if self.autocast is None:
                 return self.trainable(batch)
             with torch.autocast(self.device.type, self.autocast):
                 out: Outputs = self.trainable(batch)
             return float32_outputs(out)
-
-    @contextmanager
-    def _transport(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            # FSDP exchanges by itself, and its failures have no type of their own
-            if self.sharded and any(word in str(error) for word in _TRANSPORTS):
-                raise LostRankError(
-                    f"rank {self.world.rank} of {self.world.size}: {what} failed: {error}; another rank died or "
-                    "stopped answering, start the run again to resume"
-                ) from error
-            raise
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients in the last pass of a step only; until then each keeps whole ones."""
@@ -133,7 +120,7 @@ class FSDPEngine:
         Raises:
             LostRankError: another rank was gone when its gradient was needed.
         """
-        with self._transport("the exchange of gradients"):
+        with transport("the exchange of gradients", self.world):
             loss.backward()
 
     @torch.no_grad()
@@ -189,7 +176,7 @@ class FSDPEngine:
             yield
             return
         try:
-            with self._transport("the gathering of weights"):
+            with transport("the gathering of weights", self.world):
                 for unit in self.units:
                     unit.unshard()
             self.is_whole = True
@@ -203,20 +190,23 @@ class FSDPEngine:
     def entries(self) -> list[Entry]:
         """Weights, buffers and the optimizer's state, by name; to read what is spread is an all-gather of it."""
         assert not self.is_whole
-        found: list[Entry] = []
-        for name, tensor in self._weights().items():
-            found.append(self._entry(f"{TRAINABLE}{name}", name, tensor.detach()))
-        for parameter, values in self.optimizer.state.items():
-            name = self.names[id(parameter)]
-            for field, value in values.items():
-                found.append(self._entry(f"{OPTIMIZER}{name}/{field}", name, torch.as_tensor(value)))
-        return found
+        entries = [
+            self._entry(name, Entry(f"{TRAINABLE}{name}", tensor.nbytes, tensor.detach))
+            for name, tensor in self._weights().items()
+        ]
+        for entry in state_entries(self.optimizer, self.names):
+            # the count of updates is one number, equal on all ranks
+            of_rows = not entry.name.endswith("/step")
+            entries.append(self._entry(_parameter_of(entry.name), entry) if of_rows else entry)
+        return entries
 
-    def _entry(self, key: str, name: str, tensor: Tensor) -> Entry:
+    def _entry(self, name: str, own: Entry) -> Entry:
+        """The whole of what this rank has for a parameter."""
         shard = self.shards.get(name)
-        if shard is None or tensor.dim() == 0:
-            return Entry(key, tensor.nbytes, lambda: tensor)
-        return Entry(key, shard.shape.numel() * tensor.itemsize, lambda: _gather(tensor, shard.shape, self.world))
+        if shard is None:
+            return own
+        nbytes = shard.shape.numel() * shard.rows.itemsize
+        return Entry(own.name, nbytes, lambda: _gather(own.read(), shard.shape, self.world))
 
     def _weights(self) -> dict[str, Tensor]:
         """The state dict, with this rank's rows of what is spread."""
@@ -236,15 +226,10 @@ class FSDPEngine:
         _check_weights(shapes, tensors)
         for name, target in targets.items():
             target.copy_(self._part(name, tensors[f"{TRAINABLE}{name}"]))
-        by_name = {self.names[id(p)]: p for p in self.parameters}
-        saved = [name.removeprefix(OPTIMIZER) for name in tensors if name.startswith(OPTIMIZER)]
-        check_fields(self.optim, {key.rpartition("/")[2] for key in saved})
-        for key in saved:
-            name, _, field = key.rpartition("/")
-            value = self._part(name, tensors[f"{OPTIMIZER}{key}"])
-            # torch keeps Adam's step counter on the host unless the optimizer is fused or capturable
-            on_host = field == "step"
-            self.optimizer.state[by_name[name]][field] = value.clone() if on_host else value.to(self.device, copy=True)
+        parts = {
+            key: self._part(_parameter_of(key), tensor) for key, tensor in tensors.items() if key.startswith(OPTIMIZER)
+        }
+        load_state(self.optim, self.optimizer, {self.names[id(p)]: p for p in self.parameters}, parts)
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's rows of a whole tensor, all of it where it is not spread."""
@@ -355,6 +340,11 @@ def _gather(rows: Tensor, shape: torch.Size, world: World) -> Tensor:
     padded = rows.new_zeros(_rows_of_each(shape, world), *shape[1:])
     padded[: rows.shape[0]] = rows
     return all_gather_rows(padded, world)[: shape[0]]
+
+
+def _parameter_of(key: str) -> str:
+    """Whose state an entry of the optimizer is."""
+    return key.removeprefix(OPTIMIZER).rpartition("/")[0]
 
 
 def _check_weights(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from distkd.base import Forward, StrictConfig
+from distkd.errors import ConfigError
 
 __all__ = ["Engine", "EngineConfig", "Entry", "OptimConfig", "Update"]
 
@@ -33,6 +34,17 @@ class EngineConfig(StrictConfig):
     """How long a collective waits for a missing rank before the run fails."""
     debug: bool = False
     """Compare every collective over the ranks before it starts, and name the ranks that disagree; slow."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> EngineConfig:
+        if self.name == "deepspeed" and self.precision in ("fp16", "fp64"):
+            other = "engine.precision bf16, or engine.name ddp" if self.precision == "fp16" else "engine.name ddp"
+            raise ConfigError(f"engine.precision={self.precision} is not available under deepspeed; use {other}")
+        if self.name == "fsdp" and self.precision == "fp16":
+            raise ConfigError("engine.precision=fp16 is not available under fsdp; use bf16, or engine.name ddp")
+        if self.compile and self.name != "ddp":
+            raise ConfigError(f"engine.compile is not available under {self.name}; use engine.name ddp, or do without")
+        return self
 
 
 class OptimConfig(StrictConfig):
@@ -70,6 +82,8 @@ class Entry:
     read: Callable[[], Tensor]
     """The tensor as it stands, perhaps sharing memory with the live one. A collective where weights are spread over
     ranks: every rank calls it, in the order of the entries."""
+    steady: bool = False
+    """Whether what `read` gave changes in the engine's `step` alone, so that it can be copied until then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ The writer belongs to one process (rank 0). Numbers that JSON cannot hold (NaN, 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from distkd.errors import DataError
 from distkd.files import write_text
 
 __all__ = ["MetricsWriter", "json_ready", "read_jsonl"]
+
+log = logging.getLogger(__name__)
 
 
 def json_ready(value: Any) -> Any:
@@ -56,7 +59,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends objects to a JSONL file, each on disk (of the operating system) when `write` returns.
 
-    Opening repairs what a kill has torn, so that the next line starts on its own.
+    Opening repairs what a kill has torn, so that the next line starts on its own. What a full disk does not take is
+    kept and written as soon as there is room.
     """
 
     def __init__(self, path: Path):
@@ -64,17 +68,25 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._keep(lambda record: True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._rest = b""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(json_ready(record), allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
+        line = json.dumps(json_ready(record), allow_nan=False, separators=(",", ":")) + "\n"
+        full = bool(self._rest)
+        self._rest += line.encode()
+        try:
+            while self._rest:
+                self._rest = self._rest[self._file.write(self._rest) :]
+        except OSError as error:
+            if not full:
+                log.warning("%s cannot be written: %s; its lines are kept until it can", self.path, error.strerror)
 
     def truncate_after(self, step: int) -> None:
         """Drops the objects of later steps, which a resumed run will write again; objects without a step stay."""
         self._file.close()
         self._keep(lambda record: record.get("step", step) <= step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._file.close()

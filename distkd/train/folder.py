@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import sys
 import time
@@ -21,6 +22,8 @@ from distkd.files import read_json, write_json, write_text
 from distkd.train.settings import Settings
 
 __all__ = ["Events", "check_config", "environment", "write_config", "write_outcome"]
+
+log = logging.getLogger(__name__)
 
 FREE = {
     "run.root", "run.name", "run.log_every", "run.keep_last", "run.keep_best", "run.checkpoint_every", "run.save",
@@ -45,9 +48,13 @@ class Events:
         return 1 + sum('"event": "start"' in line for line in self.path.read_text().splitlines())
 
     def add(self, event: str, **values: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+        """One line more; a disk that does not take it is no reason to stop."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s; lost: %s", self.path, error.strerror, event)
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,7 +122,10 @@ def write_outcome(
 ) -> None:
     """How this attempt ended; the truth for scripts, since launchers lose the ranks' exit codes."""
     outcome = {"state": state, "kind": kind, "step": step, "attempt": attempt, "message": message}
-    write_json(folder / "outcome.json", outcome)
+    try:
+        write_json(folder / "outcome.json", outcome)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", folder / "outcome.json", error.strerror)
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class Job:
     """Of the training samples; hashed once, every checkpoint carries it."""
     undo: Undo | None = None
     """Where the engine may leave an update out."""
+    before_update: Callable[[], None] = lambda: None
+    """Waits for whoever still reads the weights."""
 
 
 def device_of(settings: Settings, world: World) -> torch.device:

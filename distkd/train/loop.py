@@ -10,9 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -21,18 +19,15 @@ from distkd.comm.world import barrier, broadcast_object
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
 from distkd.engines import Entry, Update
-from distkd.errors import ConfigError, DataError, Interrupted
-from distkd.files import write_json
-from distkd.metrics.jsonl import MetricsWriter
+from distkd.errors import Interrupted
 from distkd.metrics.meters import Stopwatch
 from distkd.train import checkpoint
 from distkd.train.checkpoint import STATE, Best
 from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
-from distkd.train.folder import Events, check_config, environment, read_outcome, write_config, write_outcome
+from distkd.train.folder import Events, check_config, read_outcome
 from distkd.train.job import Job, assemble
-from distkd.train.progress import Progress
-from distkd.train.saver import Fate, Saver
+from distkd.train.run import Run, met_alone, samples_per_pass
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
 from distkd.train.signals import StopFlag
@@ -64,136 +59,11 @@ def train(settings: Settings, world: World, *, allow_change: bool = False) -> Pa
             fit(run, stop_flag)
             finish(run)
         except BaseException as error:
-            if isinstance(error, DataError):
-                error.local = True  # a sample that only this rank reads; the others notice that it is gone
+            error = met_alone(error, folder)
             run.close(error)
-            raise
+            raise error
         run.close(None)
     return folder
-
-
-@dataclass(slots=True)
-class Run:
-    """A job on its way: the position, the best student so far, and where its news goes."""
-
-    job: Job
-    events: Events
-    step: int = 0
-    best: Best = field(default_factory=Best)
-    attempt: int = 1
-    skipped: int = 0
-    """Steps whose update was left out."""
-    owes_validation: bool = False
-    """Whether the checkpoint was written in a hurry, before the epoch that had just ended was scored."""
-    saver: Saver = field(init=False)
-    writer: MetricsWriter | None = None
-    progress: Progress | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.job.settings.folder
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def open(self) -> None:
-        """Make the folder, or go on from its newest checkpoint; what is refused leaves it as it was."""
-        job, settings = self.job, self.job.settings
-        self.attempt = self.events.attempt()
-        found = checkpoint.find_latest(self.checkpoints, job.world)
-        if found is not None:
-            self._check_resumable(found)
-            self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
-            meta = checkpoint.read_meta(found)
-            self.step = meta["step"]
-            self.skipped, self.owes_validation = meta.get("skipped", 0), meta.get("owes_validation", False)
-        failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
-        if failure is not None:
-            raise failure
-        self.saver = self._make_saver()
-        self.saver.open()
-        if job.world.is_main:
-            self.writer = MetricsWriter(self.folder / "metrics.jsonl")
-            self.writer.truncate_after(self.step)
-            self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
-        self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
-
-    def _make_saver(self) -> Saver:
-        job, config = self.job, self.job.settings.run
-        return Saver(
-            self.checkpoints,
-            job.world,
-            job.device,
-            background=config.save == "async",
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            patience_s=job.settings.engine.timeout_s,
-            report=self._saved,
-        )
-
-    def _saved(self, fate: Fate) -> None:
-        if fate.error is None:
-            self.events.add("checkpoint", step=fate.step, seconds=round(fate.seconds, 4))
-        else:
-            self.events.add("checkpoint_failed", step=fate.step, reason=fate.error)
-
-    def _make_folder(self) -> ConfigError | None:
-        job = self.job
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_config(job.settings)
-            about = environment(job.settings, job.world, data=job.dataset.provenance())
-            write_json(self.folder / "environment.json", about)
-            (self.folder / "outcome.json").unlink(missing_ok=True)
-        except OSError as error:
-            return ConfigError(f"cannot write run folder {self.folder}: {error.strerror}; choose another --run.root")
-        return None
-
-    def _check_resumable(self, found: Path) -> None:
-        job, meta = self.job, checkpoint.read_meta(found)
-        together = _samples_per_pass(job)
-        if meta["samples_per_pass"] != together:
-            raise ConfigError(
-                f"checkpoint {found.name} was trained with {meta['samples_per_pass']} samples per pass over all ranks, "
-                f"now there are {together}; batch statistics and agreement would change: set --batch.micro_batch "
-                f"{max(1, meta['samples_per_pass'] // job.world.size)} or leave it out"
-            )
-        if meta["split_digest"] != job.split_digest:
-            raise ConfigError(
-                f"checkpoint {found.name} was trained on other samples than {job.dataset.folder} holds now; "
-                "use another --run.name"
-            )
-        if meta["teacher"] != (None if job.teacher is None else job.teacher.card["sha256"]):
-            raise ConfigError(
-                f"checkpoint {found.name} was trained with another teacher than {job.settings.teacher.export} is now; "
-                "put that one back, or use another --run.name"
-            )
-
-    def record(self, **values: Any) -> None:
-        if self.writer is not None:
-            self.writer.write({"step": self.step, "epoch": self.job.plan.epoch_of(max(0, self.step - 1)), **values})
-
-    def close(self, error: BaseException | None) -> None:
-        """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
-        self.saver.abandon()
-        state, kind = _ending(error)
-        self.events.add(state, step=self.step, kind=kind, message=str(error or ""))
-        if self.progress is not None:
-            self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.job.world.is_main:
-            message = str(error or "")
-            write_outcome(self.folder, state=state, step=self.step, attempt=self.attempt, kind=kind, message=message)
-
-
-def _ending(error: BaseException | None) -> tuple[str, str | None]:
-    if error is None:
-        return "done", None
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        return "interrupted", None
-    return "failed", getattr(error, "kind", "internal")
 
 
 def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[StepOutput, Update]:
@@ -208,6 +78,8 @@ def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[Ste
             with watch.phase("backward"):
                 job.engine.backward(out.loss / len(passes))
         outs.append(out)
+    with watch.phase("checkpoint"):
+        job.before_update()
     with watch.phase("optimizer"):
         update = job.engine.step(_lr_scale(job, passes[0].step))
     out = StepOutput.merge(outs)
@@ -339,7 +211,7 @@ def save(run: Run) -> None:
     meta = {
         "epoch": job.plan.epoch_of(run.step),
         "world_size": job.world.size,
-        "samples_per_pass": _samples_per_pass(job),
+        "samples_per_pass": samples_per_pass(job),
         "split_digest": job.split_digest,
         "teacher": None if job.teacher is None else job.teacher.card["sha256"],
         "skipped": run.skipped,
@@ -350,10 +222,6 @@ def save(run: Run) -> None:
     checkpoint.check_equal(replicated, run.step, job.world)
     state = [Entry(f"{STATE}{name}", t.nbytes, lambda t=t: t) for name, t in job.method.state.state_dict().items()]
     run.saver.save(run.step, job.engine.entries() + state, run.best, meta)
-
-
-def _samples_per_pass(job: Job) -> int:
-    return job.settings.batch.per_rank(job.world) * job.world.size
 
 
 def finish(run: Run) -> None:

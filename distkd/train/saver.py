@@ -61,11 +61,22 @@ class _Copy:
 
     step: int
     tensors: dict[str, Tensor]
+    later: list[tuple[Tensor, Tensor]]
+    """Copies and their sources, which stay as they are until the next update: not filled yet."""
     writers: int
     meta: dict[str, Any]
     best_step: int
     ready: Callable[[], None]
-    """Waits until the device has filled the copy."""
+    """Waits until the device has filled what it was asked to copy."""
+    filled: threading.Event = field(default_factory=threading.Event)
+
+    def fill(self) -> None:
+        """Take the rest of the copy."""
+        try:
+            for buffer, source in self.later:
+                buffer.copy_(source)
+        finally:
+            self.filled.set()
 
 
 @dataclass(slots=True)
@@ -102,6 +113,8 @@ class Saver:
     _thread: threading.Thread | None = None
     _fate: Fate | None = None
     _abandoned: threading.Event = field(default_factory=threading.Event)
+    _copying: threading.Event | None = None
+    """Set when the copy is filled; None when there is nothing to wait for."""
 
     def open(self) -> None:
         """Take the folder over from earlier attempts, also from one whose processes still live. One broadcast."""
@@ -123,6 +136,7 @@ class Saver:
             self._write(copy)
             self.wait()
             return
+        self._copying = copy.filled
         self._thread = threading.Thread(target=self._write, args=(copy,), name="distkd-checkpoint", daemon=True)
         self._thread.start()
 
@@ -152,6 +166,12 @@ class Saver:
                 "make room or choose another --run.root, then start again to resume from the last whole one"
             )
 
+    def before_update(self) -> None:
+        """Called before the weights change: the rest of the copy must have been taken."""
+        if self._copying is not None:
+            self._copying.wait()
+            self._copying = None
+
     def abandon(self) -> None:
         """The run ends with an error: a checkpoint that can still be finished is finished, without the other ranks."""
         if self._thread is not None:
@@ -162,23 +182,27 @@ class Saver:
         writers = max(1, min(self.world.size, sum(entry.nbytes for entry in entries) // SHARE_BYTES))
         owner = owners(entries, writers)
         tensors: dict[str, Tensor] = {}
+        later: list[tuple[Tensor, Tensor]] = []
         for entry in entries:
-            tensor = entry.read()  # a collective in some engines: also where another rank writes it
-            if owner[entry.name] == self.world.rank:
-                tensors[entry.name] = self._kept(entry.name, tensor)
+            tensor = entry.read().detach()  # a collective in some engines: also where another rank writes it
+            if owner[entry.name] != self.world.rank:
+                continue
+            buffer = tensors[entry.name] = self._buffer(entry.name, tensor)
+            if entry.steady and not tensor.is_cuda:
+                later.append((buffer, tensor))  # while the next forward and backward run
+            else:
+                buffer.copy_(tensor, non_blocking=True)
         ready = _copies_done(self.device)
         if self.world.is_main:
             # the best weights are replaced and never changed: no copy
             tensors |= {f"{BEST}{name}": tensor for name, tensor in best.weights.items()}
             meta["best"] = {"step": best.step, "value": best.value} if best.weights else None
-        return _Copy(step, tensors, writers, meta, best.step, ready)
+        return _Copy(step, tensors, later, writers, meta, best.step, ready)
 
-    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        buffer.copy_(tensor.detach(), non_blocking=True)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
         return buffer
 
     @property
@@ -193,6 +217,7 @@ class Saver:
         start = time.perf_counter()
         fate = Fate(copy.step)
         try:
+            copy.fill()
             if self.world.rank < copy.writers:
                 copy.ready()
                 self._write_part(copy)

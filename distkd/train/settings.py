@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, StringConstraints, field_validator
+from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, StringConstraints, field_validator, model_validator
 
 from distkd.base import StrictConfig, World
 from distkd.data.dataset import DataConfig
@@ -124,6 +124,17 @@ class Settings(StrictConfig):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Settings:
+        if self.engine.name == "deepspeed" and self.run.nonfinite == "skip":
+            raise ConfigError(
+                "run.nonfinite=skip is not available under deepspeed, which updates before anyone can look; "
+                "use engine.name ddp or fsdp, or run.nonfinite stop"
+            )
+        if self.engine.name != "ddp" and self.optim.fused == "apex":
+            raise ConfigError(f"optim.fused=apex is not available under {self.engine.name}; use optim.fused torch")
+        return self
 
     @property
     def folder(self) -> Path:

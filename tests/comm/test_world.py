@@ -11,7 +11,7 @@ import torch
 
 from distkd.base import World
 from distkd.comm import world as comm
-from distkd.errors import ConfigError, LostRankError
+from distkd.errors import ConfigError, DivergedError, LostRankError
 
 SIZES = [1, 2, 4]
 
@@ -103,3 +103,39 @@ def test_ranks_without_an_address_are_told_to_use_a_launcher(monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ConfigError, match=r"rank 1 of 2 cannot meet the others: .*MASTER_ADDR.*torchrun or srun"):
         comm.init(World(1, 2, 1), device=torch.device("cpu"), timeout_s=1)
+
+
+def _out_of_order(world: World, store: Path) -> str:
+    """Two ranks in different collectives, in debug mode."""
+    comm.shutdown()
+    comm.init(world, device=torch.device("cpu"), timeout_s=30.0, debug=True, store=store)
+    comm.barrier(world)
+    try:
+        if world.is_main:
+            comm.all_reduce_sum(torch.ones(3), world)
+        else:
+            comm.all_gather_rows(torch.ones(3, 2), world)
+    except DivergedError as error:
+        assert error.local  # both ranks speak
+        return str(error)
+    return ""
+
+
+def test_debug_mode_names_the_collectives_that_do_not_match(ranks, tmp_path: Path):
+    first, second = ranks(2).run(_out_of_order, store=tmp_path / "store")
+    assert first.startswith("rank 0 of 2: collective 'all_reduce_sum' number 1 is not what the other ranks are in: ")
+    assert second.startswith("rank 1 of 2: collective 'all_gather_rows' number 1 is not what the other ranks are in: ")
+    for said in (first, second):
+        assert said.endswith("; look for code that differs by rank")
+
+
+def test_waiting_is_counted(ranks):
+    for waited, again in ranks(2).run(_waits):
+        assert again > waited > 0
+
+
+def _waits(world: World) -> tuple[float, float]:
+    comm.barrier(world)
+    before = comm.waited_s()
+    comm.all_reduce_sum(torch.ones(1), world)
+    return before, comm.waited_s()

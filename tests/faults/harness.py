@@ -15,12 +15,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.launch import folders
 from tests.launch.processes import PATIENCE_S, Launched, environment, ranks_command
+from tests.launch.runs import write_config
 
-__all__ = ["Deck", "Hit", "Kill", "Length", "length_of", "run_to_the_end", "survive"]
+__all__ = ["Deck", "Hit", "Kill", "Length", "length_of", "plan", "survive"]
 
 POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 OUTER = [
@@ -118,21 +117,6 @@ def length_of(folder: Path) -> Length:
     return Length(folders.last_line(folder)["step"], validated[0])
 
 
-def write_config(config: dict[str, Any], path: Path, root: Path) -> Path:
-    """The config as a file, its run below `root`; the folder of that run."""
-    path.write_text(yaml.safe_dump({**config, "run": {**config["run"], "root": str(root)}}))
-    return root / config["run"]["name"]
-
-
-def run_to_the_end(config: dict[str, Any], place: Path, ranks: int) -> Path:
-    """The uninterrupted run."""
-    place.mkdir(parents=True)
-    folder = write_config(config, place / "config.yaml", place)
-    with Launched(ranks_command(place / "config.yaml", ranks=ranks), place / "log") as run:
-        assert run.wait() == 0, run.said()
-    return folder
-
-
 def survive(
     config: dict[str, Any],
     place: Path,
@@ -169,8 +153,7 @@ class Trial:
     def __init__(self, config: dict[str, Any], place: Path, ranks: int, length: Length):
         place.mkdir(parents=True)
         self.place, self.ranks, self.length = place, ranks, length
-        self.config = place / "config.yaml"
-        self.folder = write_config(config, self.config, place)
+        self.config, self.folder = write_config(config, place)
         self.notes = self.place
         self.logs = count()
 
@@ -257,7 +240,7 @@ class Trial:
         """What the run was doing, as far as its folder tells."""
         line = folders.last_line(self.folder)
         if partials := folders.partials(self.folder):
-            return f"it saving {partials[-1].removeprefix('.').removesuffix('.partial')}"
+            return f"it saving step {int(partials[-1].split('.')[1].removeprefix('step-'))}"
         if len(folders.starts(self.folder)) == self.starts:
             return "it starting"
         if (self.folder / "checkpoints" / f"step-{self.length.steps:08d}").exists():

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from distkd import engines, methods
-from tests.faults.harness import IN_PLACE, OUTER, Deck, Kill, length_of, plan, run_to_the_end, survive
-from tests.laws.common import law_config
+from tests.faults.harness import IN_PLACE, OUTER, Deck, Kill, Length, length_of, plan, survive
+from tests.launch.runs import law_run, run_to_the_end
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("FAULT_SEED") or 1)
@@ -49,10 +49,10 @@ class Case:
 
 def _reduced() -> list[Case]:
     return [
-        Case("dc_distill", "ddp", 2, 5),
-        Case("dc_teacher", "ddp", 2, 3, in_place=True),
-        Case("logit_kd", "ddp", 1, 2),
-        *([Case("supervised", "zero2", 2, 2)] if _is_there("zero2") else []),
+        Case("dc_distill", "ddp", 2, 4),
+        Case("dc_teacher", "ddp", 2, 2, in_place=True),
+        Case("logit_kd", "ddp", 1, 4),
+        *([Case("supervised", "zero2", 2, 1)] if _is_there("zero2") else []),
     ]
 
 
@@ -89,18 +89,9 @@ def twin(
     def of(case: Case) -> tuple[dict[str, Any], Path]:
         key = case.method, case.engine, case.ranks
         if key not in made:
-            config = law_config(
-                case.method,
-                shards,
-                root,
-                run={"name": "run", "epochs": 3, "log_every": 1, "checkpoint_every": 6},
-                engine={"precision": "fp32", "timeout_s": 120, **ENGINES[case.engine]},
-                batch={"global_batch": 8},
-            )
-            if config["teacher"]["export"] is not None:
-                config["teacher"] = {"export": str(root / "teacher")}
-            place = tmp_path_factory.mktemp("twin") / "whole"
-            made[key] = config, run_to_the_end(config, place, case.ranks)
+            config = law_run(case.method, shards, root, engine=ENGINES[case.engine])
+            place = tmp_path_factory.mktemp("twin")
+            made[key] = config, run_to_the_end(config, place, ranks=case.ranks)
         return made[key]
 
     return of
@@ -135,8 +126,6 @@ def test_every_moment_and_every_victim_has_its_turn():
 
 
 def test_the_same_seed_plans_the_same_kills(tmp_path: Path):
-    from tests.faults.harness import Length
-
     def planned(seed: int) -> list[Kill]:
         return plan(f"{seed} case", Deck(seed, OUTER).deal(12), 4, Length(90, 30))
 

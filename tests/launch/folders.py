@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distkd.metrics.jsonl import read_jsonl
 
 __all__ = [
-    "checkpoints", "differences", "events", "last_line", "metrics", "newest_step",
+    "assert_close", "checkpoints", "differences", "events", "last_line", "metrics", "newest_step",
     "outcome", "partials", "starts", "weights",
 ]  # fmt: skip
 
@@ -104,6 +104,17 @@ def differences(found: Path, expected: Path) -> list[str]:
         if (found / "eval" / path.name).read_bytes() != path.read_bytes():
             words.append(f"eval/{path.name} differs")
     return words
+
+
+def assert_close(found: Path, expected: Path, tolerance: float) -> None:
+    """Newest checkpoints and exports of two finished runs are equal up to `tolerance`, absolute and relative."""
+    exports = [load_file(folder / "export" / "student.safetensors") for folder in (found, expected)]
+    for ours, theirs in ((weights(found), weights(expected)), exports):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                tensor, theirs[name], atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def _unequal(what: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:

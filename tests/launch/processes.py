@@ -89,6 +89,13 @@ class Launched:
         """Its exit code."""
         return self.process.wait(patience_s)
 
+    def wait_until_gone(self) -> None:
+        """Until the last process of this start has ended, also ranks whose launcher is gone."""
+        end = time.monotonic() + PATIENCE_S
+        while members := self.members():
+            assert time.monotonic() < end, f"still there: {sorted(members)}\n{self.said()}"
+            time.sleep(0.05)  # polling: they are nobody's children any more
+
     def said(self) -> str:
         """Standard output and error of all its processes so far."""
         return self.log.read_text(errors="replace")

@@ -87,7 +87,9 @@ def run_steps(world: World, *, config: dict[str, Any], steps: int) -> Trace:
         trace.parts.append({name: value.item() for name, value in out.parts.items()})
         trace.samples.append([int(sample) for batch in passes for sample in batch.sample_B])
     batches.close()
-    trace.weights = {name: tensor.clone() for name, tensor in job.method.trainable.state_dict().items()}
+    # read by every rank, in order: a collective where weights are spread over the ranks
+    entries = [(entry.name, entry.read().detach().clone()) for entry in job.engine.entries()]
+    trace.weights = {name.removeprefix("trainable/"): t for name, t in entries if name.startswith("trainable/")}
     trace.state = {name: tensor.clone() for name, tensor in job.method.state.state_dict().items()}
     return trace
 

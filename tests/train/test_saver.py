@@ -89,6 +89,45 @@ def test_a_checkpoint_holds_the_step_at_which_it_was_asked_for(tmp_path: Path):
     assert (saver.checkpoints / "latest").read_text() == "step-00000002\n"
 
 
+def test_what_changes_in_the_update_alone_is_copied_beside_the_next_forward(tmp_path: Path):
+    steady, moving = torch.zeros(1000), torch.zeros(1000)
+    saver, _ = saver_of(tmp_path, World())
+    entries = [
+        Entry("trainable/w", steady.nbytes, lambda: steady, steady=True),
+        Entry("trainable/running_mean", moving.nbytes, lambda: moving),
+    ]
+    saver.save(1, entries, Best(), {})
+    moving += 1  # a forward
+    saver.before_update()
+    steady += 1
+    saver.wait()
+    found = Tensors(complete(saver.checkpoints)[0])
+    assert not found["trainable/w"].any()
+    assert not found["trainable/running_mean"].any()
+
+
+def test_an_update_waits_for_the_copy(tmp_path: Path):
+    saver, _ = saver_of(tmp_path, World())
+    taken = threading.Event()
+
+    original = saver_module._Copy.fill
+
+    def fill(copy: Any) -> None:
+        taken.wait(0.2)  # nobody sets it: the main thread is held up meanwhile
+        original(copy)
+
+    weights = torch.zeros(10)
+    saver_module._Copy.fill = fill  # type: ignore[method-assign]
+    try:
+        saver.save(1, [Entry("trainable/w", 40, lambda: weights, steady=True)], Best(), {})
+        saver.before_update()
+        weights += 1
+        saver.wait()
+    finally:
+        saver_module._Copy.fill = original  # type: ignore[method-assign]
+    assert not Tensors(complete(saver.checkpoints)[0])["trainable/w"].any()
+
+
 def test_there_is_one_copy_on_the_host_and_it_is_reused(tmp_path: Path):
     weights = {"trainable/a": torch.randn(50), "optimizer/a/step": torch.tensor(3.0)}
     saver, _ = saver_of(tmp_path, World())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distkd.base import Batch, StepOutput, World
+from distkd.base import Batch, World
 from distkd.data.loader import train_batches
 from distkd.data.plan import Plan
 from distkd.errors import NonFiniteError
@@ -115,7 +115,9 @@ def test_ten_in_a_row_end_the_run(ranks: Any, shards: Path, root: Path):
     config = _config(shards, root, "endless")
     first, second = ranks(2).run(_train, config=config, bad=list(range(2, 99)), bad_rank=0)
     assert first == second
-    assert first.startswith("loss or gradient was not finite in 10 steps in a row, the last at step 11: rank 0, samples ")
+    assert first.startswith(
+        "loss or gradient was not finite in 10 steps in a row, the last at step 11: rank 0, samples "
+    )
 
 
 def test_an_epoch_without_a_single_good_step_still_has_metrics(shards: Path, root: Path):

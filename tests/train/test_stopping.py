@@ -67,9 +67,7 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_start(
     ranks: Any, shards: Path, root: Path, size: int
 ):
     whole, broken = (
-        law_config(
-            "dc_teacher", shards, root, run={"name": f"{name}-{size}", "epochs": 2}, eval={"select": "best"}
-        )
+        law_config("dc_teacher", shards, root, run={"name": f"{name}-{size}", "epochs": 2}, eval={"select": "best"})
         for name in ("whole", "broken")
     )
     assert ranks(size).run(_train, config=whole, stop_in=None) == [""] * size

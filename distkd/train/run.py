@@ -1,0 +1,163 @@
+"""A run on its way: its folder, where it stands, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distkd.comm.world import broadcast_object
+from distkd.errors import ConfigError, DataError, DiskError, Interrupted
+from distkd.files import write_json
+from distkd.metrics.jsonl import MetricsWriter
+from distkd.train import checkpoint
+from distkd.train.checkpoint import Best
+from distkd.train.folder import Events, environment, write_config, write_outcome
+from distkd.train.job import Job
+from distkd.train.progress import Progress
+from distkd.train.saver import Fate, Saver
+
+__all__ = ["Run", "met_alone", "samples_per_pass"]
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+
+
+@dataclass(slots=True)
+class Run:
+    """A job on its way: the position, the best student so far, and where its news goes."""
+
+    job: Job
+    events: Events
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    attempt: int = 1
+    skipped: int = 0
+    """Steps whose update was left out."""
+    owes_validation: bool = False
+    """Whether the checkpoint was written in a hurry, before the epoch that had just ended was scored."""
+    saver: Saver = field(init=False)
+    writer: MetricsWriter | None = None
+    progress: Progress | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.job.settings.folder
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def open(self) -> None:
+        """Make the folder, or go on from its newest checkpoint; what is refused leaves it as it was."""
+        job, settings = self.job, self.job.settings
+        self.attempt = self.events.attempt()
+        found = checkpoint.find_latest(self.checkpoints, job.world)
+        if found is not None:
+            self._check_resumable(found)
+            self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
+            meta = checkpoint.read_meta(found)
+            self.step = meta["step"]
+            self.skipped, self.owes_validation = meta.get("skipped", 0), meta.get("owes_validation", False)
+        failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
+        if failure is not None:
+            raise failure
+        self.saver = self._make_saver()
+        self.saver.open()
+        job.before_update = self.saver.before_update
+        if job.world.is_main:
+            self.writer = MetricsWriter(self.folder / "metrics.jsonl")
+            self.writer.truncate_after(self.step)
+            self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
+        self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
+
+    def _make_saver(self) -> Saver:
+        job, config = self.job, self.job.settings.run
+        return Saver(
+            self.checkpoints,
+            job.world,
+            job.device,
+            background=config.save == "async",
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            patience_s=job.settings.engine.timeout_s,
+            report=self._saved,
+        )
+
+    def _saved(self, fate: Fate) -> None:
+        if fate.error is None:
+            self.events.add("checkpoint", step=fate.step, seconds=round(fate.seconds, 4))
+        else:
+            self.events.add("checkpoint_failed", step=fate.step, reason=fate.error)
+
+    def _make_folder(self) -> ConfigError | None:
+        job = self.job
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_config(job.settings)
+            about = environment(job.settings, job.world, data=job.dataset.provenance())
+            write_json(self.folder / "environment.json", about)
+            (self.folder / "outcome.json").unlink(missing_ok=True)
+        except OSError as error:
+            return ConfigError(f"cannot write run folder {self.folder}: {error.strerror}; choose another --run.root")
+        return None
+
+    def _check_resumable(self, found: Path) -> None:
+        job, meta = self.job, checkpoint.read_meta(found)
+        together = samples_per_pass(job)
+        if meta["samples_per_pass"] != together:
+            raise ConfigError(
+                f"checkpoint {found.name} was trained with {meta['samples_per_pass']} samples per pass over all ranks, "
+                f"now there are {together}; batch statistics and agreement would change: set --batch.micro_batch "
+                f"{max(1, meta['samples_per_pass'] // job.world.size)} or leave it out"
+            )
+        if meta["split_digest"] != job.split_digest:
+            raise ConfigError(
+                f"checkpoint {found.name} was trained on other samples than {job.dataset.folder} holds now; "
+                "use another --run.name"
+            )
+        if meta["teacher"] != (None if job.teacher is None else job.teacher.card["sha256"]):
+            raise ConfigError(
+                f"checkpoint {found.name} was trained with another teacher than {job.settings.teacher.export} is now; "
+                "put that one back, or use another --run.name"
+            )
+
+    def record(self, **values: Any) -> None:
+        if self.writer is not None:
+            self.writer.write({"step": self.step, "epoch": self.job.plan.epoch_of(max(0, self.step - 1)), **values})
+
+    def close(self, error: BaseException | None) -> None:
+        """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
+        self.saver.abandon()
+        state, kind = _ending(error)
+        self.events.add(state, step=self.step, kind=kind, message=str(error or ""))
+        if self.progress is not None:
+            self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.job.world.is_main:
+            message = str(error or "")
+            write_outcome(self.folder, state=state, step=self.step, attempt=self.attempt, kind=kind, message=message)
+
+
+def _ending(error: BaseException | None) -> tuple[str, str | None]:
+    if error is None:
+        return "done", None
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return "interrupted", None
+    return "failed", getattr(error, "kind", "internal")
+
+
+def met_alone(error: BaseException, folder: Path) -> BaseException:
+    """An error as the user should see it, where only this rank ran into it and the others notice that it is gone."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        error = DiskError(f"cannot write to {folder}: {error.strerror}; make room, then start again to resume")
+        error.local = True
+    if isinstance(error, DataError):
+        error.local = True  # a sample that only this rank reads
+    return error
+
+
+def samples_per_pass(job: Job) -> int:
+    """Samples whose gradients are added in one backward, over all ranks."""
+    return job.settings.batch.per_rank(job.world) * job.world.size

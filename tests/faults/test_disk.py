@@ -1,0 +1,178 @@
+"""Disks that are full, slow or read-only: training goes on where it can, and no checkpoint is ever half."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import folders
+from tests.launch.processes import Launched, ranks_command, wait_for
+from tests.launch.runs import law_run, run_to_the_end, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+Mount = Callable[..., Path]
+
+SLOW_DISK = """
+import os, sys, time
+sync = os.fsync
+def slow_sync(descriptor):
+    time.sleep(0.1)
+    sync(descriptor)
+os.fsync = slow_sync
+from distkd.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """`mount(folder, *options)`, undone at the end of the test, also of one that failed."""
+    mounted: list[Path] = []
+
+    def do(folder: Path, *arguments: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    if os.geteuid():
+        pytest.skip("only root can mount")
+    yield do
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def config(shards: Path, root: Path) -> dict[str, Any]:
+    return law_run("supervised", shards, root)
+
+
+@pytest.fixture(scope="module")
+def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run on one rank."""
+    return run_to_the_end(config, tmp_path_factory.mktemp("whole"), ranks=1)
+
+
+def _fill(folder: Path) -> Path:
+    """A file that leaves no room beside it."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError:
+                continue
+    return ballast
+
+
+def _failures(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    return [event for event in folders.events(folder, rank) if event["event"] == "checkpoint_failed"]
+
+
+def _in_a_row(folder: Path) -> int:
+    """Checkpoints that failed since the last one that did not."""
+    fates = [event["event"] for event in folders.events(folder) if event["event"].startswith("checkpoint")]
+    return len(fates) - max((n for n, fate in enumerate(fates, start=1) if fate == "checkpoint"), default=0)
+
+
+def test_a_checkpoint_that_finds_no_room_is_told_and_training_goes_on(
+    config: dict[str, Any], whole: Path, tmp_path: Path, mount: Mount
+):
+    path, folder = write_config(config, tmp_path)
+    checkpoints = mount(folder / "checkpoints", "-t", "tmpfs", "-o", "size=2m", "none")
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
+        wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)
+        ballast = _fill(checkpoints)
+        wait_for(lambda: _failures(folder), run)
+        ballast.unlink()
+        assert run.wait() == 0, run.said()
+        said = run.said()
+    assert "No space left on device" in _failures(folder)[0]["reason"]
+    assert f"checkpoint of step {_failures(folder)[0]['step']} could not be written" in said
+    assert str(checkpoints) in said
+    assert "No space left on device" in said
+    assert folders.differences(folder, whole) == []
+
+
+def test_three_failures_in_a_row_stop_all_ranks_and_leave_the_older_checkpoint(
+    shards: Path, root: Path, tmp_path: Path, mount: Mount
+):
+    config = law_run("supervised", shards, root)
+    path, folder = write_config(config, tmp_path)
+    checkpoints = mount(folder / "checkpoints", "-t", "tmpfs", "-o", "size=2m", "none")
+    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
+        wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)
+        ballast = _fill(checkpoints)
+        assert run.wait() == 1, run.said()
+        said = run.said()
+    assert _in_a_row(folder) == 3
+    outcome = folders.outcome(folder)
+    assert (outcome["state"], outcome["kind"]) == ("failed", "disk")
+    assert "3 checkpoints in a row could not be written" in outcome["message"]
+    assert str(checkpoints) in outcome["message"]
+    assert said.count("3 checkpoints in a row could not be written") == 1
+    assert folders.events(folder, 1)[-1]["kind"] == "disk"
+    assert folders.newest_step(folder) > 0
+    assert folders.partials(folder) == []
+    ballast.unlink()
+    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
+        assert run.wait() == 0, run.said()
+    (tmp_path / "whole").mkdir()
+    assert folders.differences(folder, run_to_the_end(config, tmp_path / "whole", ranks=2)) == []
+
+
+def test_a_run_whose_whole_disk_is_full_ends_in_words_and_goes_on_later(
+    config: dict[str, Any], whole: Path, tmp_path: Path, mount: Mount
+):
+    small = mount(tmp_path / "small", "-t", "tmpfs", "-o", "size=2m", "none")
+    path, folder = write_config(config, small)
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
+        wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)
+        ballast = _fill(small)
+        assert run.wait() == 1, run.said()
+        said = run.said()
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    assert folders.newest_step(folder) > 0
+    ballast.unlink()
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
+        assert run.wait() == 0, run.said()
+    assert folders.differences(folder, whole) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_root_that_cannot_be_written_is_refused_at_the_start(
+    config: dict[str, Any], tmp_path: Path, mount: Mount, ranks: int
+):
+    path, _ = write_config(config, tmp_path)
+    sealed = mount(tmp_path / "sealed", "-t", "tmpfs", "-o", "size=1m,ro", "none")
+    with Launched(ranks_command(path, "--run.root", sealed, ranks=ranks), tmp_path / "log") as run:
+        code = run.wait()
+        said = run.said()
+    assert code == (2 if ranks == 1 else 1)  # torchrun makes 1 of everything
+    words = f"distkd: cannot write run folder {sealed / 'run'}: Read-only file system; choose another --run.root"
+    assert said.count(words) == 1, said
+    if ranks == 1:
+        assert said.strip() == words
+    assert list(sealed.iterdir()) == []
+
+
+def test_a_slow_disk_changes_nothing(config: dict[str, Any], whole: Path, tmp_path: Path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_DISK)
+    path, folder = write_config({**config, "run": {**config["run"], "keep_last": 30}}, tmp_path)
+    with Launched([sys.executable, str(script), str(path)], tmp_path / "log") as run:
+        assert run.wait() == 0, run.said()
+    every = [f"step-{step:08d}" for step in range(6, 91, 6)]
+    assert [found.name for found in folders.checkpoints(folder)] == every
+    assert folders.differences(folder, whole) == []
