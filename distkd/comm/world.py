@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distkd.base import World
-from distkd.errors import ConfigError, DivergedError, LostRankError
+from distkd.errors import ConfigError, DistkdError, DivergedError, LostRankError
 
 __all__ = [
     "all_gather_rows",
@@ -32,6 +32,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "counts",
+    "failure",
     "gather_objects",
     "init",
     "shutdown",
@@ -100,23 +101,28 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def failure(what: str, error: BaseException, world: World) -> DistkdError:
+    """A failed collective in our words; `what` is what failed, as in "the exchange of gradients"."""
+    if _DISAGREEMENT in str(error):
+        apart = DivergedError(
+            f"rank {world.rank} of {world.size}: {what} is not what the other ranks are in: {error}; look for code "
+            "that differs by rank"
+        )
+        apart.local = True  # each rank knows best where it is itself
+        return apart
+    return LostRankError(
+        f"rank {world.rank} of {world.size}: {what} failed: {error}; another rank died or stopped answering, start the "
+        "run again to resume"
+    )
+
+
 def _guard(name: str, world: World, call: Callable[[], T]) -> T:
     counts[name] += 1
     start = time.perf_counter()
     try:
         return call()
     except (RuntimeError, dist.DistError) as error:
-        if _DISAGREEMENT in str(error):
-            apart = DivergedError(
-                f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} is not what the other "
-                f"ranks are in: {error}; look for code that differs by rank"
-            )
-            apart.local = True  # each rank knows best where it is itself
-            raise apart from error
-        raise LostRankError(
-            f"rank {world.rank} of {world.size}: collective {name!r} number {counts[name]} failed: {error}; another "
-            "rank died or stopped answering, start the run again to resume"
-        ) from error
+        raise failure(f"collective {name!r} number {counts[name]}", error, world) from error
     finally:
         _waited[0] += time.perf_counter() - start
 

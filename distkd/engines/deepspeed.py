@@ -3,9 +3,10 @@
 Its own launcher, its mixed precision and its checkpoint files are not used: half precision is torch's autocast inside
 the wrapped forward and checkpoints have the tensors of every other engine, so that a run can change engine.
 
-What a step costs beyond DDP: at stages 1 to 3 the host waits for the device once, to see whether the gradient is finite,
-and the ranks exchange the updated weights; at stages 2 and 3 they exchange gradients in every pass, not in the last
-alone; at stage 3 every forward and backward gathers the weights, which Python hooks on each module set going.
+What a step costs beyond DDP: the host waits for the device once, to see whether the gradient is finite. At stage 0 the
+exchange of gradients begins when the backward has ended. At stages 1 to 3 the ranks exchange the updated weights too; at
+2 and 3 gradients are exchanged in every pass, not in the last alone; at 3 every forward and backward gathers the weights,
+set going by hooks in Python on each module.
 """
 
 # DeepSpeed is not typed
@@ -13,32 +14,26 @@ alone; at stage 3 every forward and backward gathers the weights, which Python h
 
 from __future__ import annotations
 
-import os
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distkd.base import Batch, Forward, Outputs, World
-from distkd.engines.deepspeed_state import (
-    check_shapes,
-    fill_state,
-    optimizer_parts,
-    weight_part,
-    whole,
-)
+from distkd.engines.deepspeed_setup import import_quietly, join
+from distkd.engines.deepspeed_state import Part, check_shapes, fill_state, optimizer_parts, weight_part, whole
 from distkd.engines.lost import transport
-from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, make_optimizer
+from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, load_state, make_optimizer, state_entries
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
-from distkd.errors import CheckpointError, ConfigError
+from distkd.errors import ConfigError
 
-__all__ = ["DeepSpeedEngine", "forget"]
+__all__ = ["DeepSpeedEngine"]
 
 _NEVER = 1 << 31
 _BUCKET = 500_000_000
@@ -74,7 +69,7 @@ class DeepSpeedEngine:
         self.sharded = stage == 3
         self._hooks: list[_Hook] = []
         self._is_whole = False
-        _import(device)
+        import_quietly(device)
 
     def wrap(
         self, trainable: nn.Module, groups: Sequence[dict[str, Any]], *, outside: Sequence[nn.Parameter] = ()
@@ -96,14 +91,16 @@ class DeepSpeedEngine:
         self.names = {id(p): name for name, p in trainable.named_parameters()}
         root = _Root(trainable, self.device, self.autocast)
         optimizer = make_optimizer(self.optim, groups)
-        deepspeed = _import(self.device)
-        _join(self.world, self.device)
+        deepspeed = import_quietly(self.device)
+        join(self.world, self.device)
         with warnings.catch_warnings(), self._calls("the set-up of DeepSpeed"):
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=self._config(trainable))
             self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
             if self.sharded:
                 self._keep_whole(root, outside)
+        # its hooks on the weights keep it, and them, alive for good
+        weakref.finalize(self, self.engine.destroy).atexit = False
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         return self._forward
 
@@ -235,10 +232,7 @@ class DeepSpeedEngine:
         state = self.trainable.state_dict(keep_vars=True)
         found = [self._weight(name, tensor) for name, tensor in state.items()]
         if self.stage == 0:
-            for p, values in self.optimizer.state.items():
-                for field, value in values.items():
-                    found.append(_entry(f"{OPTIMIZER}{self.names[id(p)]}/{field}", torch.as_tensor(value)))
-            return found
+            return found + state_entries(self.optimizer, self.names)
         for name, part in self._parts().items():
             for field, value in sorted(self.optimizer.state.get(part.flat, {}).items()):
                 label = f"{OPTIMIZER}{name}/{field}"
@@ -256,7 +250,7 @@ class DeepSpeedEngine:
         nbytes = part.shape.numel() * tensor.element_size()
         return Entry(f"{TRAINABLE}{name}", nbytes, lambda: whole(part, part.flat, self.world))
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Part]:
         return optimizer_parts(self.engine.optimizer, self.stage, self.names, self.world)
 
     @torch.no_grad()
@@ -268,18 +262,20 @@ class DeepSpeedEngine:
         """
         weights = {name.removeprefix(TRAINABLE): t for name, t in tensors.items() if name.startswith(TRAINABLE)}
         check_shapes(self.trainable, weights)
+        for name, tensor in self.trainable.state_dict(keep_vars=True).items():
+            self._set_weight(tensor, weights[name])
+        if self.stage == 0:
+            learning = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            named = {name: p for name, p in self.trainable.named_parameters() if id(p) in learning}
+            load_state(self.optim, self.optimizer, named, tensors)
+            return
+        self.engine.optimizer.refresh_fp32_params()
         saved: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith(OPTIMIZER):
                 name, _, field = key.removeprefix(OPTIMIZER).rpartition("/")
                 saved.setdefault(name, {})[field] = value
         check_fields(self.optim, {field for values in saved.values() for field in values})
-        for name, tensor in self.trainable.state_dict(keep_vars=True).items():
-            self._set_weight(tensor, weights[name])
-        if self.stage == 0:
-            self._set_replicated_state(saved)
-            return
-        self.engine.optimizer.refresh_fp32_params()
         fill_state(self.optimizer, self._parts(), saved)
 
     def _set_weight(self, tensor: Any, value: Tensor) -> None:
@@ -289,19 +285,6 @@ class DeepSpeedEngine:
             if not tensor.ds_persist:
                 return
         tensor.detach().copy_(value)
-
-    def _set_replicated_state(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        by_name = {self.names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
-        unknown = sorted(saved.keys() - by_name.keys())
-        if unknown:
-            raise CheckpointError(f"the checkpoint does not fit this model: unexpected {', '.join(unknown)}")
-        self.optimizer.state.clear()
-        for name, values in saved.items():
-            for field, value in values.items():
-                on_host = field == "step"
-                self.optimizer.state[by_name[name]][field] = (
-                    value.clone() if on_host else value.to(self.device, copy=True)
-                )
 
     @contextmanager
     def _calls(self, what: str) -> Iterator[None]:
@@ -346,77 +329,3 @@ _Hook = tuple[dict[int, Any], int, Any]
 
 def _hook_tables(module: nn.Module) -> list[dict[int, Any]]:
     return [module._forward_pre_hooks, module._forward_hooks]  # pyright: ignore[reportPrivateUsage, reportReturnType]
-
-
-def _import(device: torch.device) -> Any:
-    """DeepSpeed for this kind of device, without its habit of compiling.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it guesses, and warns, otherwise
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import deepspeed
-            import deepspeed.ops
-
-            _compile_nothing(deepspeed)
-    except ImportError as error:
-        raise ConfigError(
-            f"engine.name is deepspeed, but it cannot be imported ({error}); pip install 'distkd[deepspeed]', or use "
-            "engine.name=ddp or fsdp"
-        ) from error
-    return deepspeed
-
-
-def _compile_nothing(deepspeed: Any) -> None:
-    """Keep DeepSpeed from compiling what is not used here.
-
-    On a CPU each process would build an operator for inference, a minute the first time; it is told that this machine
-    cannot. Answered before it is asked, the question starts no compiler either to find out what else would be possible.
-    And decorating the Muon optimizer, which every start imports, would load torch's compiler, four seconds.
-    """
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    from deepspeed.runtime import compiler
-
-    before, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.original_muon
-    finally:
-        compiler.compile = before
-
-
-def _join(world: World, device: torch.device) -> None:
-    """Let DeepSpeed start in the process group that there is.
-
-    It would clone the group, with a timeout of its own, so it is handed ours; in a world of one it needs one to be made.
-    """
-    from deepspeed.utils import groups
-
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    if not dist.is_initialized():
-        assert world.size == 1, world
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.get_world_size() == world.size, (dist.get_world_size(), world)
-    forget()
-    groups._WORLD_GROUP = dist.group.WORLD  # pyright: ignore[reportPrivateUsage]
-
-
-def forget() -> None:
-    """Clear what earlier engines left in DeepSpeed's modules: groups that may be gone, and the modules of stage 3.
-
-    It also numbers parameters and modules over all engines of a process; these numbers must be equal on all ranks.
-    """
-    from deepspeed.comm import comm
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-    from deepspeed.utils import groups
-
-    comm.cdb = None
-    groups._release_process_group_references()  # pyright: ignore[reportPrivateUsage]
-    FWD_MODULE_STACK.clear()
-    Init.param_id = 0
-    counter: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__  # pyright: ignore[reportPrivateUsage]
-    counter[0][0] = 0

@@ -119,8 +119,8 @@ def fill_state(
         return
     if saved.keys() != parts.keys() or len({int(fields["step"]) for fields in saved.values() if "step" in fields}) > 1:
         raise CheckpointError(
-            "the checkpoint's parameters were not all updated equally often, and ZeRO counts the updates of all of them "
-            "together; go on with engine.name=ddp"
+            "the checkpoint's parameters were not all updated equally often, and ZeRO counts their updates together; "
+            "go on with engine.name=ddp"
         )
     for name, part in parts.items():
         state = optimizer.state[part.flat]

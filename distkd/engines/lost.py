@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distkd.base import World
-from distkd.errors import LostRankError
+from distkd.comm.world import failure
 
 __all__ = ["transport"]
 
-_TRANSPORTS = ("gloo", "NCCL", "ncclComm")
+_TRANSPORTS = ("gloo", "NCCL", "ncclComm", "mismatch between collectives")
 
 
 @contextmanager
@@ -19,14 +19,12 @@ def transport(what: str, world: World) -> Iterator[None]:
 
     Raises:
         LostRankError: another rank was gone when it was needed.
+        DivergedError: in debug mode, another rank was in another collective.
     """
     try:
         yield
     except RuntimeError as error:
         # failures of a transport have no type of their own
         if world.size > 1 and any(word in str(error) for word in _TRANSPORTS):
-            raise LostRankError(
-                f"rank {world.rank} of {world.size}: {what} failed: {error}; another rank died or stopped answering, "
-                "start the run again to resume"
-            ) from error
+            raise failure(what, error, world) from error
         raise

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distkd.comm.world import broadcast_object
 from distkd.errors import ConfigError, DataError, DiskError, Interrupted
-from distkd.files import write_json
+from distkd.files import read_json, write_json
 from distkd.metrics.jsonl import MetricsWriter
 from distkd.train import checkpoint
 from distkd.train.checkpoint import Best
@@ -32,6 +34,8 @@ class Run:
     step: int = 0
     best: Best = field(default_factory=Best)
     attempt: int = 1
+    token: str = ""
+    """Tells this attempt from any other, for the ranks of one that have outlived their launcher."""
     skipped: int = 0
     """Steps whose update was left out."""
     owes_validation: bool = False
@@ -52,6 +56,7 @@ class Run:
         """Make the folder, or go on from its newest checkpoint; what is refused leaves it as it was."""
         job, settings = self.job, self.job.settings
         self.attempt = self.events.attempt()
+        self.token = broadcast_object(f"{time.time_ns():x}-{os.getpid()}", job.world)
         found = checkpoint.find_latest(self.checkpoints, job.world)
         if found is not None:
             self._check_resumable(found)
@@ -63,7 +68,6 @@ class Run:
         if failure is not None:
             raise failure
         self.saver = self._make_saver()
-        self.saver.open()
         job.before_update = self.saver.before_update
         if job.world.is_main:
             self.writer = MetricsWriter(self.folder / "metrics.jsonl")
@@ -82,6 +86,8 @@ class Run:
             keep_best=config.keep_best,
             patience_s=job.settings.engine.timeout_s,
             report=self._saved,
+            attempt=self.token,
+            is_current=lambda: read_json(self.folder / "environment.json")["token"] == self.token,
         )
 
     def _saved(self, fate: Fate) -> None:
@@ -95,7 +101,7 @@ class Run:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_config(job.settings)
-            about = environment(job.settings, job.world, data=job.dataset.provenance())
+            about = environment(job.settings, job.world, token=self.token, data=job.dataset.provenance())
             write_json(self.folder / "environment.json", about)
             (self.folder / "outcome.json").unlink(missing_ok=True)
         except OSError as error:

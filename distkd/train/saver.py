@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distkd.base import World
-from distkd.comm.world import broadcast_object, gather_objects
+from distkd.comm.world import gather_objects
 from distkd.engines import Entry
 from distkd.errors import DiskError
 from distkd.files import digest, sync, write_json, write_text
@@ -105,7 +104,10 @@ class Saver:
     """How long the main rank waits for the others' parts."""
     report: Callable[[Fate], None]
     """Called on every rank when the fate of a checkpoint is agreed on."""
-    attempt: str = ""
+    attempt: str
+    """Name of this attempt, the same on every rank."""
+    is_current: Callable[[], bool]
+    """Whether no later attempt has taken the run over: ranks may outlive their launcher."""
     seconds: float = 0.0
     """Spent in writing since somebody last set it to zero, beside the training or not."""
     failures: int = 0
@@ -115,12 +117,6 @@ class Saver:
     _abandoned: threading.Event = field(default_factory=threading.Event)
     _copying: threading.Event | None = None
     """Set when the copy is filled; None when there is nothing to wait for."""
-
-    def open(self) -> None:
-        """Take the folder over from earlier attempts, also from one whose processes still live. One broadcast."""
-        self.attempt = broadcast_object(f"{time.time_ns():x}-{os.getpid()}", self.world)
-        if self.world.is_main:
-            write_text(self._newest_attempt, self.attempt)
 
     def save(self, step: int, entries: Sequence[Entry], best: Best, meta: Mapping[str, Any]) -> None:
         """Copy the run as it stands after `step` steps and have it written; every rank calls this at the same step.
@@ -205,10 +201,6 @@ class Saver:
             buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
         return buffer
 
-    @property
-    def _newest_attempt(self) -> Path:
-        return self.checkpoints.parent / "events" / "attempt"
-
     def _partial(self, step: int) -> Path:
         return self.checkpoints / f".step-{step:08d}.{self.attempt}.partial"
 
@@ -253,7 +245,7 @@ class Saver:
             note.unlink()
         write_json(partial / META, {"format": FORMAT, "step": copy.step, **copy.meta, "files": files})
         sync(partial)
-        if self._newest_attempt.read_text() != self.attempt:
+        if not self.is_current():
             raise OSError(f"another attempt of this run has taken over {self.checkpoints}")
         target = self.checkpoints / f"step-{copy.step:08d}"
         if target.exists():  # a damaged one, which was passed over

@@ -127,11 +127,6 @@ class Settings(StrictConfig):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> Settings:
-        if self.engine.name == "deepspeed" and self.run.nonfinite == "skip":
-            raise ConfigError(
-                "run.nonfinite=skip is not available under deepspeed, which updates before anyone can look; "
-                "use engine.name ddp or fsdp, or run.nonfinite stop"
-            )
         if self.engine.name != "ddp" and self.optim.fused == "apex":
             raise ConfigError(f"optim.fused=apex is not available under {self.engine.name}; use optim.fused torch")
         return self

@@ -5,7 +5,6 @@ At stage 3 every weight is really spread here: the tests lower `keep_whole`, bel
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import subprocess
@@ -25,7 +24,8 @@ from distkd.base import Batch, Outputs, World
 from distkd.comm.world import all_reduce_sum, gather_objects
 from distkd.data.loader import train_batches
 from distkd.engines import DDPEngine, OptimConfig
-from distkd.engines.deepspeed import DeepSpeedEngine, forget
+from distkd.engines.deepspeed import DeepSpeedEngine
+from distkd.engines.deepspeed_setup import forget
 from distkd.engines.lost import transport
 from distkd.errors import CheckpointError, ConfigError, LostRankError
 from distkd.metrics.meters import Stopwatch
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspee
 
 CPU = torch.device("cpu")
 STAGES = [0, 1, 2, 3]
+DDP = -1
 TOLERANCE = 2e-5
 """Between engines in float32 after ten steps: clipping and means over ranks are rounded in another order."""
 
@@ -242,7 +243,10 @@ def engine_of(
 ) -> tuple[Any, Any]:
     DeepSpeedEngine.keep_whole = 0
     config = OptimConfig(**{"lr": 0.05, **optim})
-    engine = DeepSpeedEngine(config, world, device=CPU, stage=stage) if stage >= 0 else DDPEngine(config, world, device=CPU)
+    if stage == DDP:
+        engine: Any = DDPEngine(config, world, device=CPU)
+    else:
+        engine = DeepSpeedEngine(config, world, device=CPU, stage=stage)
     return engine, engine.wrap(model, groups or [{"params": list(model.parameters())}])
 
 
@@ -284,7 +288,7 @@ def _steps(world: World, stage: int, optim: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize("optim", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_steps_are_those_of_ddp_and_resume_bit_for_bit(ranks: Any, size: int, optim: dict[str, Any]):
     """Rates of groups and of the schedule, clipping and norms included."""
-    (expected, norms), _ = _steps(World(), -1, optim)
+    (expected, norms), _ = _steps(World(), DDP, optim)
     for stage in STAGES:
         for (tensors, seen), (resumed, seen_later) in ranks(size).run(_steps, stage=stage, optim=optim):
             assert tensors.keys() == expected.keys()
@@ -433,7 +437,7 @@ def test_a_checkpoint_of_another_model_is_refused(stage: int):
     tensors = _tensors(_stepped(stage))
     engine, _ = engine_of(Line(), World(), stage)
     wrong = {**tensors, "trainable/head.weight": torch.zeros(3, 4)}
-    words = r"does not fit this model: size mismatch for head\.weight: \(3, 4\) in the checkpoint, \(3, 5\) in the model"
+    words = r"does not fit this model: size mismatch for head\.weight: \(3, 4\) in the checkpoint, \(3, 5\) in the"
     with pytest.raises(CheckpointError, match=words):
         engine.load(wrong)
     with pytest.raises(CheckpointError, match="does not fit this model: missing seen"):
@@ -447,7 +451,7 @@ def test_a_checkpoint_of_another_model_is_refused(stage: int):
 def test_a_checkpoint_of_another_optimizer_is_refused(stage: int):
     tensors = _tensors(_stepped(stage, name="sgd", betas=(0.5, 0.9)))
     engine, _ = engine_of(Line(), World(), stage)
-    with pytest.raises(CheckpointError, match="of another optimizer than optim.name=adam, which keeps .*; train with"):
+    with pytest.raises(CheckpointError, match=r"of another optimizer than optim.name=adam, which keeps .*; train with"):
         engine.load(tensors)
 
 
@@ -459,7 +463,7 @@ def test_a_checkpoint_whose_parameters_were_updated_unequally_is_refused(change:
     else:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("optimizer/head.bias")}
     engine, _ = engine_of(Line(), World(), 2)
-    with pytest.raises(CheckpointError, match="not all updated equally often, .* go on with engine.name=ddp"):
+    with pytest.raises(CheckpointError, match=r"not all updated equally often, .* go on with engine.name=ddp"):
         engine.load(tensors)
     engine, _ = engine_of(Line(), World(), 0)
     engine.load(tensors)
@@ -505,15 +509,17 @@ def _after_others_left(world: World, stage: int) -> str:
     [(0, "the exchange of gradients"), (2, "the exchange of gradients"), (3, "the gathering of weights")],
 )
 def test_a_lost_rank_is_named_in_our_words(ranks: Any, stage: int, what: str):
+    # torch keeps the first group of a process until it ends; in a pool that is one too long
+    ranks(2).run(_spread, stage=0)
     heard, _ = ranks(2).run(_after_others_left, stage=stage)
     assert heard.startswith(f"rank 0 of 2: {what} failed: ")
     assert heard.endswith("another rank died or stopped answering, start the run again to resume")
 
 
 def test_other_failures_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="^size mismatch$"), transport("the exchange of gradients", World(0, 2)):
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), transport("the exchange of gradients", World(0, 2)):
         raise RuntimeError("size mismatch")
-    with pytest.raises(RuntimeError, match="^gloo is missing$"), transport("the exchange of gradients", World()):
+    with pytest.raises(RuntimeError, match=r"^gloo is missing$"), transport("the exchange of gradients", World()):
         raise RuntimeError("gloo is missing")
 
 
@@ -562,13 +568,3 @@ def test_a_fresh_process_compiles_nothing_and_says_nothing(tmp_path: Path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not extensions.exists()
-
-
-def test_an_engine_can_be_copied_from():
-    """Weights stay where the method finds them at stages below 3."""
-    model = Line()
-    engine, forward = engine_of(model, World(), 2)
-    before = copy.deepcopy(model.state_dict())
-    engine.backward(loss_of(forward(batch_of(0))))
-    engine.step(1.0)
-    assert all(not torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

@@ -56,10 +56,10 @@ class Trace:
     units: int = 0
 
 
-def _run(world: World, config: dict[str, Any], steps: int) -> Trace:
+def _run(world: World, config: dict[str, Any], steps: int, unit: int = 100) -> Trace:
     """The first steps of a run, whatever its engine."""
     trace = Trace()
-    with small_units(100):
+    with small_units(unit):
         job = assemble(settings_of(config), world)
     trace.units = len(getattr(job.engine, "units", []))
     job.method.trainable.train()
@@ -96,6 +96,16 @@ def test_every_method_takes_the_steps_of_ddp_with_one_backward(ranks: Any, shard
     for trace in sharded:
         _close(trace, plain[0])
         assert trace.backwards == plain[0].backwards == 10
+
+
+def test_a_network_of_several_units_takes_the_steps_of_ddp(ranks: Any, shards: Path, root: Path):
+    """With units of the usual size, and rectifiers that work in place."""
+    model = {"modalities": ["path"], "fusion": "auto", "encoders": {"path": {"name": "resnet18"}}}
+    configs = [law_config("supervised", shards, root, model=model, engine={"name": name}) for name in ("ddp", "fsdp")]
+    plain, sharded = (ranks(2).run(_run, config=config, steps=3, unit=fsdp.UNIT) for config in configs)
+    for trace in sharded:
+        assert trace.units == 5
+        _close(trace, plain[0])
 
 
 def test_four_ranks_take_the_steps_of_one(ranks: Any, shards: Path, root: Path):

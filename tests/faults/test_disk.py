@@ -88,7 +88,8 @@ def _in_a_row(folder: Path) -> int:
 def test_a_checkpoint_that_finds_no_room_is_told_and_training_goes_on(
     config: dict[str, Any], whole: Path, tmp_path: Path, mount: Mount
 ):
-    path, folder = write_config(config, tmp_path)
+    # far enough apart to make room between two of them
+    path, folder = write_config({**config, "run": {**config["run"], "checkpoint_every": 15}}, tmp_path)
     checkpoints = mount(folder / "checkpoints", "-t", "tmpfs", "-o", "size=2m", "none")
     with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
         wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)

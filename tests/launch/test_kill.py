@@ -2,129 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
 
-from tests.laws.common import law_config
+from tests.launch import folders
+from tests.launch.processes import Launched, ranks_command, wait_for
+from tests.launch.runs import law_run, run_to_the_end, write_config
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
-PATIENCE_S = 200
 
-
-def _command(config: Path, ranks: int) -> list[str]:
-    train = ["launch/train.py", str(config)]
-    if ranks == 1:
-        return [sys.executable, *train]
-    # one attempt: the test itself starts the run again
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *train]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def _run(config: Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        _command(config, ranks), cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=PATIENCE_S
-    )
-
-
-def _start(config: Path, ranks: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        _command(config, ranks),
-        cwd=REPOSITORY,
-        env=_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def _wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert process.poll() is None, f"the run ended early: {process.stderr.read() if process.stderr else ''}"
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.01)  # polling another process, not waiting for luck
-
-
-def _ranks_of(agent: int) -> list[int]:
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent)], capture_output=True, text=True, check=True)
-    return [int(word) for word in listing.stdout.split()]
-
-
-def _write(tmp_path: Path, shards: Path, root: Path, name: str) -> tuple[Path, Path]:
-    """A config file and the folder of its run: long enough that a signal always meets it at work."""
-    config = law_config(
-        "dc_distill",
-        shards,
-        root,
-        run={"name": f"kill-{name}", "epochs": 3, "log_every": 1, "checkpoint_every": 6},
-        engine={"precision": "fp32"},
-        batch={"global_batch": 8},
-    )
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path, root / f"kill-{name}"
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = max((folder / "checkpoints").glob("step-*"))
-    return {f"{path.name}/{name}": t for path in newest.glob("*.safetensors") for name, t in load_file(path).items()}
-
-
-def _assert_equal_ends(folder: Path, whole: Path) -> None:
-    assert json.loads((folder / "outcome.json").read_text())["state"] == "done"
-    expected, found = _weights(whole), _weights(folder)
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    assert (folder / "eval" / "test.json").exists()
+@pytest.fixture(scope="module")
+def config(shards: Path, root: Path) -> dict[str, Any]:
+    return law_run("dc_distill", shards, root)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path, root: Path) -> Path:
+def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run on two ranks."""
-    config, folder = _write(tmp_path_factory.mktemp("whole"), shards, root, "whole")
-    done = _run(config, 2)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return run_to_the_end(config, tmp_path_factory.mktemp("whole"), ranks=2)
 
 
-def test_killing_one_rank_in_mid_run_changes_nothing(tmp_path: Path, shards: Path, root: Path, whole: Path):
-    config, folder = _write(tmp_path, shards, root, "rank")
-    agent = _start(config, 2)
-    try:
-        metrics = folder / "metrics.jsonl"
-        _wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 9, agent)
-        os.kill(_ranks_of(agent.pid)[1], signal.SIGKILL)
-        agent.wait(PATIENCE_S)
-    finally:
-        _end(agent)
+def _finish(path: Path, ranks: int) -> None:
+    with Launched(ranks_command(path, ranks=ranks), path.with_name("log")) as run:
+        assert run.wait() == 0, run.said()
+
+
+def test_killing_one_rank_in_mid_run_changes_nothing(config: dict[str, Any], whole: Path, tmp_path: Path):
+    path, folder = write_config(config, tmp_path)
+    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
+        wait_for(lambda: folders.last_line(folder)["step"] > 9, run)
+        run.kill([run.ranks()[1]])
+        run.wait()
     assert not (folder / "export").exists()
-    assert (done := _run(config, 2)).returncode == 0, done.stderr
-    _assert_equal_ends(folder, whole)
+    _finish(path, 2)
+    assert folders.differences(folder, whole) == []
 
 
 def test_killing_everything_in_the_middle_of_a_save_leaves_the_older_checkpoint(
-    tmp_path: Path, shards: Path, root: Path, whole: Path
+    config: dict[str, Any], whole: Path, tmp_path: Path
 ):
-    config, folder = _write(tmp_path, shards, root, "save")
+    path, folder = write_config(config, tmp_path)
     # the third checkpoint dies with its files half written
     program = f"""
 import os, signal, sys
@@ -138,48 +61,31 @@ def dying(tensors, path):
         os.kill(os.getpid(), signal.SIGKILL)
     original(tensors, path)
 saver.save_file = dying
-sys.exit(main(["train", {str(config)!r}]))
+sys.exit(main(["train", {str(path)!r}]))
 """
     script = tmp_path / "dying.py"
     script.write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    died = subprocess.run(
-        command, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert died.returncode != 0
-    assert list((folder / "checkpoints").glob(".step-00000018.*.partial"))
-    assert max(path.name for path in (folder / "checkpoints").glob("step-*")) == "step-00000012"
-    assert (done := _run(config, 2)).returncode == 0, done.stderr
-    assert not list((folder / "checkpoints").glob(".*.partial"))
-    _assert_equal_ends(folder, whole)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with Launched([*torchrun, str(script)], tmp_path / "log") as run:
+        assert run.wait() != 0
+    assert len(folders.partials(folder)) == 1
+    assert folders.partials(folder)[0].startswith(".step-00000018.")
+    assert folders.newest_step(folder) == 12
+    _finish(path, 2)
+    assert folders.differences(folder, whole) == []
 
 
-def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(tmp_path: Path, shards: Path, root: Path):
-    config, folder = _write(tmp_path, shards, root, "interrupt")
-    process = _start(config, 1)
-    try:
-        metrics = folder / "metrics.jsonl"
-        _wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE_S) == 3
-        assert process.stderr is not None
-        text = process.stderr.read()
-    finally:
-        _end(process)
+def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(config: dict[str, Any], tmp_path: Path):
+    path, folder = write_config(config, tmp_path)
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
+        wait_for(lambda: folders.last_line(folder)["step"] > 3, run)
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 3
+        text = run.said()
     assert "stopped by a signal after step" in text
     assert "Traceback" not in text
-    outcome = json.loads((folder / "outcome.json").read_text())
+    outcome = folders.outcome(folder)
     assert outcome["state"] == "interrupted"
-    assert (folder / "checkpoints" / f"step-{outcome['step']:08d}" / "meta.json").exists()
-    done = _run(config, 1)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "outcome.json").read_text())["state"] == "done"
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Whatever is left of a run that this test started; it has a process group of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stderr is not None:
-        process.stderr.close()
+    assert folders.newest_step(folder) == outcome["step"]
+    _finish(path, 1)
+    assert folders.outcome(folder)["state"] == "done"

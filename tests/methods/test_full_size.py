@@ -45,10 +45,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def _one_step(job: Job) -> None:
     job.method.trainable.train()
     batches = train_batches(job.dataset, job.plan, World(), 1, 0)
-    out, norm = train_step(job, next(batches)[1], Stopwatch())
+    out, update = train_step(job, next(batches)[1], Stopwatch())
     batches.close()
     assert torch.isfinite(out.loss)
-    assert torch.isfinite(norm)
+    assert torch.isfinite(update.norm)
 
 
 def test_teacher_and_student_are_those_of_the_paper_and_take_a_step(place: dict[str, str]):

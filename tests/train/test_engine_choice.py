@@ -36,10 +36,6 @@ from tests.small import Small
             "engine.compile is not available under fsdp; use engine.name ddp, or do without",
         ),
         (
-            {"engine.name": "deepspeed", "run.nonfinite": "skip"},
-            "run.nonfinite=skip is not available under deepspeed, which updates before anyone can look; use",
-        ),
-        (
             {"engine.name": "fsdp", "optim.fused": "apex"},
             "optim.fused=apex is not available under fsdp; use optim.fused torch",
         ),

@@ -33,10 +33,10 @@ def entries_of(tensors: dict[str, Tensor]) -> list[Entry]:
 def saver_of(folder: Path, world: World, **changes: Any) -> tuple[Saver, list[Fate]]:
     fates: list[Fate] = []
     options: dict[str, Any] = {"background": True, "keep_last": 2, "keep_best": False, "patience_s": 30.0}
+    options |= {"attempt": "a1", "is_current": lambda: True}
     saver = Saver(folder / "checkpoints", world, CPU, report=fates.append, **{**options, **changes})
     if world.is_main:
         saver.checkpoints.mkdir(parents=True, exist_ok=True)
-    saver.open()
     return saver, fates
 
 
@@ -231,8 +231,8 @@ def test_a_failure_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_an_attempt_whose_run_was_taken_over_writes_nothing(tmp_path: Path):
     """Ranks may outlive their launcher and meet the next attempt in the same folder."""
-    orphan, fates = saver_of(tmp_path, World())
-    newer, _ = saver_of(tmp_path, World())
+    orphan, fates = saver_of(tmp_path, World(), is_current=lambda: False)
+    newer, _ = saver_of(tmp_path, World(), attempt="a2")
     entries = entries_of({"trainable/w": torch.ones(3)})
     newer.save(1, entries, Best(), {})
     newer.wait()

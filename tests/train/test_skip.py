@@ -51,14 +51,31 @@ def _two_ways(world: World, config: dict[str, Any], bad_rank: int) -> tuple[dict
                     _spoil(steps[2][0])
             _, update = train_step(job, steps[number], Stopwatch())
             assert update.applied == (number != 2)
-        found.append({**job.method.trainable.state_dict(), **job.method.state.state_dict()})
+        trained = {entry.name: entry.read().detach().clone() for entry in job.engine.entries()}
+        found.append({**trained, **job.method.state.state_dict()})
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("size, bad_rank", [(1, 0), (2, 1)])
-def test_a_step_that_is_left_out_leaves_nothing_behind(ranks: Any, shards: Path, root: Path, size: int, bad_rank: int):
-    """Not in weights, nor batch statistics, nor the mean teacher, nor the banks."""
-    for without, with_bad in ranks(size).run(_two_ways, config=_config(shards, root, "skip"), bad_rank=bad_rank):
+ENGINES = [
+    {},
+    {"name": "deepspeed", "zero_stage": 0, "precision": "fp32"},
+    {"name": "deepspeed", "zero_stage": 2, "precision": "fp32"},
+    {"name": "deepspeed", "zero_stage": 3, "precision": "fp32"},
+    {"name": "fsdp"},
+]
+
+
+@pytest.mark.parametrize(
+    "size, bad_rank, engine",
+    [(1, 0, ENGINES[0]), *((2, 1, engine) for engine in ENGINES)],
+    ids=["alone", "ddp", "zero-0", "zero-2", "zero-3", "fsdp"],
+)
+def test_a_step_that_is_left_out_leaves_nothing_behind(
+    ranks: Any, shards: Path, root: Path, size: int, bad_rank: int, engine: dict[str, Any]
+):
+    """Not in weights, nor moments, nor batch statistics, nor the mean teacher, nor the banks."""
+    config = _config(shards, root, "skip", engine=engine)
+    for without, with_bad in ranks(size).run(_two_ways, config=config, bad_rank=bad_rank):
         assert without.keys() == with_bad.keys()
         for name, tensor in without.items():
             assert torch.equal(tensor, with_bad[name]), name

@@ -1,0 +1,126 @@
+"""A compiled model is the same model: losses, masks, collectives and names, on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distkd.base import World
+from distkd.comm import world as comm
+from distkd.data.loader import train_batches
+from distkd.engines import DDPEngine, OptimConfig
+from distkd.errors import ConfigError
+from distkd.metrics.meters import Stopwatch
+from distkd.models.dropout import KeyedAlphaDropout, KeyedDropout, dropout_keys
+from distkd.train.job import assemble
+from distkd.train.loop import train_step
+from tests.engines.test_ddp import CPU, Single
+from tests.laws.common import equal_up_to, law_config, settings_of
+
+# torch's compiler imports parts of torch that torch has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+N_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inductor")
+
+
+def use_cache(cache: Path) -> None:
+    """What is compiled goes to a folder of the test, by this process and no other."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    torch.compiler.reset()
+
+
+def config_of(method: str, shards: Path, root: Path, *, compile: bool, precision: str = "fp32") -> dict[str, Any]:
+    # plain gradient descent: Adam makes a whole step of what is rounding in another order
+    return law_config(
+        method,
+        shards,
+        root,
+        engine={"precision": precision, "compile": compile},
+        optim={"name": "sgd", "betas": [0.0, 0.9], "lr": 0.05},
+    )
+
+
+def trace(world: World, *, config: dict[str, Any], cache: Path) -> tuple[list[float], dict[str, Tensor], list[int]]:
+    """Losses, entries and collectives of the first steps."""
+    use_cache(cache)
+    job = assemble(settings_of(config), world)
+    job.method.trainable.train()
+    batches = train_batches(job.dataset, job.plan, world, job.passes, 0)
+    losses: list[float] = []
+    collectives: list[int] = []
+    for _ in range(N_STEPS):
+        before = comm.counts.total()
+        out, _ = train_step(job, next(batches)[1], Stopwatch())
+        losses.append(out.loss.item())
+        collectives.append(comm.counts.total() - before)
+    batches.close()
+    torch.compiler.reset()
+    return losses, {entry.name: entry.read().detach().clone() for entry in job.engine.entries()}, collectives
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("method", ["logit_kd", "dc_distill"])
+def test_compiled_equals_eager(ranks: Any, shards: Path, root: Path, cache: Path, method: str, size: int):
+    """With dropout and with batch statistics over the ranks; twice the same, bit for bit."""
+    eager, compiled = (config_of(method, shards, root, compile=compile) for compile in (False, True))
+    expected = ranks(size).run(trace, config=eager, cache=cache)
+    found = ranks(size).run(trace, config=compiled, cache=cache)
+    again = ranks(size).run(trace, config=compiled, cache=cache)
+    for (losses, entries, collectives), (known, reference, counted) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(known, rel=1e-5)
+        assert collectives == counted
+        assert not [name for name in entries if "_orig_mod" in name]
+        equal_up_to(entries, reference, 1e-4)
+    for (losses, entries, _), (repeated, same, _) in zip(found, again, strict=True):
+        assert losses == repeated
+        assert all(torch.equal(tensor, same[name]) for name, tensor in entries.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [KeyedDropout, KeyedAlphaDropout])
+def test_masks_are_those_of_eager(cache: Path, kind: type[KeyedDropout]):
+    """64-bit hashing that wraps is the same arithmetic in compiled code."""
+    use_cache(cache)
+    layer = kind(0.3)
+    layer.salt = -0x1234_5678_9ABC_DEF0
+    x = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x0123_4567_89AB_CDEF])
+    compiled = torch.compile(layer)
+    with dropout_keys(keys, "student"):
+        assert torch.equal(compiled(x), layer(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_can_be_compiled(shards: Path, root: Path, cache: Path, precision: str):
+    """Near eager, not equal: compiled code keeps more digits between two operations."""
+    (known, *_), (losses, *_) = (
+        trace(World(), config=config_of("logit_kd", shards, root, compile=compile, precision=precision), cache=cache)
+        for compile in (False, True)
+    )
+    assert losses == pytest.approx(known, rel=0.02)
+
+
+@pytest.mark.parametrize("compiler", [None, "/absent/g++"])
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | None):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler is not None:
+        monkeypatch.setenv("CXX", compiler)
+    model = Single()
+    engine = DDPEngine(OptimConfig(), World(), device=CPU, compile=True)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and '.*g\+\+' is not on PATH; .*compile=false"):
+        engine.wrap(model, [{"params": list(model.parameters())}])
