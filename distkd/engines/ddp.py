@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.engines.scaler import LossScale
 from distkd.errors import CheckpointError, ConfigError
+from distkd.models.dropout import KeyedDropout
 
 __all__ = ["DDPEngine"]
 
@@ -183,4 +184,9 @@ def _compiled(module: nn.Module) -> nn.Module:
             f"engine.compile needs a C++ compiler, and {compiler!r} is not on PATH; sudo apt-get install g++, or use "
             "engine.compile=false"
         )
+    for layer in module.modules():
+        if isinstance(layer, KeyedDropout):
+            # hashing wraps around 64 bits; written out in C++ by torch's compiler that is undefined, and g++ takes it
+            # for leave to drop the end of the loop: wrong masks, and writes beyond the array (seen with torch 2.13)
+            layer.kept = cast(Callable[[Tensor], Tensor], torch.compiler.disable(layer.kept))
     return cast(nn.Module, torch.compile(module))

@@ -4,8 +4,8 @@ Its own launcher, its mixed precision and its checkpoint files are not used: hal
 the wrapped forward and checkpoints have the tensors of every other engine, so that a run can change engine.
 
 What a step costs beyond DDP: the host waits for the device once, to see whether the gradient is finite. At stage 0 the
-exchange of gradients begins when the backward has ended. At stages 1 to 3 the ranks exchange the updated weights too; at
-2 and 3 gradients are exchanged in every pass, not in the last alone; at 3 every forward and backward gathers the weights,
+exchange of gradients begins when the backward has ended. At stages 1 to 3 the ranks exchange the updated weights; at 2
+and 3 gradients are exchanged in every pass, not in the last alone; at 3 each forward and backward gathers the weights,
 set going by hooks in Python on each module.
 """
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distkd.base import World
+from distkd.base import Batch, Outputs, World
 from distkd.comm import world as comm
 from distkd.data.loader import train_batches
 from distkd.engines import DDPEngine, OptimConfig
@@ -22,8 +22,12 @@ from distkd.train.loop import train_step
 from tests.engines.test_ddp import CPU, Single
 from tests.laws.common import equal_up_to, law_config, settings_of
 
-# torch's compiler imports parts of torch that torch has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+# torch's compiler uses parts of torch that torch has deprecated, and looks at what it warns of
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 N_STEPS = 3
 
@@ -88,19 +92,42 @@ def test_compiled_equals_eager(ranks: Any, shards: Path, root: Path, cache: Path
         assert all(torch.equal(tensor, same[name]) for name, tensor in entries.items())
 
 
+class Dropping(nn.Module):
+    """Nothing but dropout, of a size that is no multiple of a vector register."""
+
+    def __init__(self, kind: type[KeyedDropout]):
+        super().__init__()
+        self.drop = kind(0.3)
+        self.drop.salt = -0x1234_5678_9ABC_DEF0
+        self.weight = nn.Parameter(torch.ones(5, 7))
+
+    def forward(self, batch: Batch) -> Outputs:
+        with dropout_keys(batch.key_B, "student"):
+            return Outputs(self.drop(batch.inputs["x"] * self.weight), batch.inputs["x"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KeyedDropout, KeyedAlphaDropout])
 def test_masks_are_those_of_eager(cache: Path, kind: type[KeyedDropout]):
-    """64-bit hashing that wraps is the same arithmetic in compiled code."""
+    """Compiled, the hashing that wraps around 64 bits would write wrong masks, and beyond them."""
     use_cache(cache)
-    layer = kind(0.3)
-    layer.salt = -0x1234_5678_9ABC_DEF0
     x = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
     keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x0123_4567_89AB_CDEF])
-    compiled = torch.compile(layer)
-    with dropout_keys(keys, "student"):
-        assert torch.equal(compiled(x), layer(x))
+    batch = Batch(({"x": x},), {}, keys, keys, keys, keys)
+    found: list[Tensor] = []
+    for compile in (False, True):
+        model = Dropping(kind)
+        engine = DDPEngine(OptimConfig(), World(), device=CPU, compile=compile)
+        out = engine.wrap(model, [{"params": [model.weight]}])(batch)
+        found.append(out.feature_BD.detach())
+        engine.backward(out.feature_BD.sum())
+        assert model.weight.grad is not None
+        found.append(model.weight.grad)
     torch.compiler.reset()
+    for eager, compiled in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(compiled, eager)
+    assert torch.equal(found[0] == found[0].min(), found[2] == found[2].min())
+    assert torch.equal(found[0] == 0, found[2] == 0)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 from distkd import methods
 from distkd.base import World
 from distkd.comm.world import barrier
+from distkd.engines.deepspeed import DeepSpeedEngine
 from distkd.train import loop
 from distkd.train.checkpoint import Tensors, complete
 from distkd.train.loop import train
@@ -43,12 +44,14 @@ def _train(world: World, config: dict[str, Any], crash_at: int | None = None) ->
         return original(job, passes, watch)
 
     loop.train_step = watched
+    threshold = DeepSpeedEngine.keep_whole
+    DeepSpeedEngine.keep_whole = 0  # stage 3 would keep weights as small as these whole
     try:
         train(settings_of(config), world)
     except Crash:
         barrier(world)
     finally:
-        loop.train_step = original
+        loop.train_step, DeepSpeedEngine.keep_whole = original, threshold
 
 
 def _config(method: str, shards: Path, root: Path, name: str, engine: str, **overrides: Any) -> dict[str, Any]:
