@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +48,18 @@ class Meter:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._values: dict[str, list[Tensor]] = {}
+        self._steps: list[Mapping[str, Tensor]] = []
 
-    def add(self, parts: Mapping[str, Tensor]) -> None:
+    def add(self, values: Mapping[str, Tensor]) -> None:
         """Counts one value of each name; names may differ from step to step, not from rank to rank.
 
-        The scalars are kept as they are until `reduce`: a step pays for a list's append and not for small kernels.
+        The mapping is kept as it is until `reduce`: a step pays for one append and not for small kernels.
+
+        Args:
+            values: scalars, best without a graph, which would live until then; neither they nor the mapping may change
+                afterwards.
         """
-        for name, value in parts.items():
-            self._values.setdefault(name, []).append(value.detach())
+        self._steps.append(values)
 
     def reduce(self, world: World, *, flag: int = 0, own: Sequence[float] = ()) -> Reduced:
         """Means over the steps since the last call and over all ranks, equal on every rank; starts afresh.
@@ -67,33 +71,42 @@ class Meter:
             flag: summed over ranks along the way, for example 1 on a rank that was asked to stop.
             own: this rank's numbers, as many on every rank, which every rank gets to see.
         """
-        names = sorted(self._values)
+        counts = Counter(name for step in self._steps for name in step)
+        names = sorted(counts)
         digest = zlib.crc32("\n".join(names).encode()) & ((1 << _DIGEST_BITS) - 1)
         seen = [0.0] * (world.size * len(own))
         seen[world.rank * len(own) : (world.rank + 1) * len(own)] = own
-        head = [
-            float(flag),
-            float(digest),
-            float(digest**2),
-            *seen,
-            *(float(len(self._values[name])) for name in names),
-        ]
+        head = [float(flag), float(digest), float(digest**2), *seen, *(float(counts[name]) for name in names)]
         padding = [0.0] * (-(len(head) + len(names)) % _SLOTS)
         packed = torch.tensor(head + padding, dtype=torch.float64).to(self.device, non_blocking=True)
         if names:
-            sums = [torch.stack(self._values[name]).to(self.device, torch.float64).sum() for name in names]
-            packed = torch.cat([packed, torch.stack(sums)])
+            packed = torch.cat([packed, self._sums(names)])
         values: list[float] = all_reduce_sum(packed, world).tolist()  # the host waits here
         # equal on all ranks exactly when the digests have no variance; whole numbers below 2**53, so exact
         one, squares = int(values[1]), int(values[2])
         assert world.size * squares == one**2, f"rank {world.rank} measures {names}, another rank measures other names"
         first = 3 + len(seen)
         totals = values[len(values) - len(names) :]
-        counts = values[first : first + len(names)]
-        means = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
-        self._values.clear()
+        together = values[first : first + len(names)]
+        means = {name: total / count for name, total, count in zip(names, totals, together, strict=True)}
+        self._steps.clear()
         by_rank = [values[3 + rank * len(own) : 3 + (rank + 1) * len(own)] for rank in range(world.size)]
         return Reduced(means, int(values[0]), by_rank)
+
+    def _sums(self, names: Sequence[str]) -> Tensor:
+        """Sum over the steps of each name, float64; a handful of kernels however many names there are."""
+        if all(len(step) == len(names) for step in self._steps):
+            flat = [step[name] for step in self._steps for name in names]
+            return _stacked(flat, self.device).view(len(self._steps), len(names)).sum(dim=0)
+        sums = [_stacked([step[name] for step in self._steps if name in step], self.device).sum() for name in names]
+        return torch.stack(sums)
+
+
+@torch.no_grad()
+def _stacked(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
+    """As float64, whatever they are: converted at once and not one by one."""
+    here = [scalar if scalar.device == device else scalar.to(device) for scalar in scalars]
+    return torch.stack(here).double()
 
 
 class Stopwatch:
@@ -111,20 +124,15 @@ class Stopwatch:
         self._clock = clock
         self._waited = waited
         self._waited_since = waited()
+        self._phases = {name: _Phase(self, name) for name in PHASES}
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around what is charged to a phase of `PHASES`."""
         assert name in PHASES, f"phase {name!r} is not one of {PHASES}"
-        self._charge()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
+        return self._phases[name]
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase that ran, in the order of `PHASES`; starts afresh."""
@@ -132,6 +140,14 @@ class Stopwatch:
         seconds = {name: self._seconds[name] for name in PHASES if name in self._seconds}
         self._seconds = {}
         return seconds
+
+    def enter(self, name: str) -> None:
+        self._charge()
+        self._open.append(name)
+
+    def leave(self) -> None:
+        self._charge()
+        self._open.pop()
 
     def _charge(self) -> None:
         now, waited = self._clock(), self._waited()
@@ -142,3 +158,18 @@ class Stopwatch:
             if waiting:
                 self._seconds["collective"] = self._seconds.get("collective", 0.0) + waiting
         self._since, self._waited_since = now, waited
+
+
+class _Phase(AbstractContextManager[None]):
+    """One for each phase, entered again and again: several times a step."""
+
+    __slots__ = ("name", "watch")
+
+    def __init__(self, watch: Stopwatch, name: str):
+        self.watch, self.name = watch, name
+
+    def __enter__(self) -> None:
+        self.watch.enter(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        self.watch.leave()

@@ -26,6 +26,20 @@ _OWN_WORK = ("data", "forward", "optimizer")
 """Phases in which no rank waits for another; a backward waits for the gradients of all."""
 
 
+class _Prefixed(dict[str, str]):
+    """Names with a prefix, each put together once."""
+
+    def __init__(self, prefix: str):
+        super().__init__()
+        self.prefix = prefix
+
+    def __missing__(self, name: str) -> str:
+        return self.setdefault(name, f"{self.prefix}:{name}")
+
+
+_PARTS, _GAUGES = _Prefixed("parts"), _Prefixed("gauges")
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What all ranks know at a logging step."""
@@ -55,10 +69,12 @@ class Tally:
         self._steps += 1
         if not update.applied:
             return self.guard.skipped(out.step, passes, out.loss)
-        parts = {f"parts:{name}": value for name, value in out.parts.items()}
-        gauges = {f"gauges:{name}": value for name, value in out.gauges.items()}
-        self._meter.add({"loss": out.loss, "grad_norm": update.norm, **parts, **gauges})
-        self.guard.watch(out.step, out.loss, update.norm)
+        loss = out.loss.detach()
+        values = {"loss": loss, "grad_norm": update.norm}
+        values |= {_PARTS[name]: value for name, value in out.parts.items()}
+        values |= {_GAUGES[name]: value for name, value in out.gauges.items()}
+        self._meter.add(values)
+        self.guard.watch(out.step, loss, update.norm)
         return None
 
     def read(self, stop_flag: StopFlag) -> Reading:
