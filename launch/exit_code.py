@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["exit_code", "noted_codes", "youngest_outcome"]
 
-OURS = ("lost_rank", "diverged", "internal")
+OURS = ("lost_rank", "diverged", "disk", "internal")
 """Kinds of failure that are no fault of config, data or arguments."""
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Forward, Outputs, World
@@ -20,8 +21,12 @@ from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.engines.scaler import LossScale
 from distkd.errors import CheckpointError, ConfigError
 from distkd.models.dropout import KeyedDropout
+from distkd.models.norm import SyncBatchNorm
 
 __all__ = ["DDPEngine"]
+
+_FEW = 2**16
+"""Numbers in all gradients, up to which their norm is taken of one copy."""
 
 
 class DDPEngine:
@@ -64,6 +69,8 @@ class DDPEngine:
         """
         self.trainable = trainable
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        # on the host the norm of each small tensor costs more than a copy of all of them
+        self.few = self.device.type == "cpu" and sum(p.numel() for p in self.parameters) <= _FEW
         self.optimizer = make_optimizer(self.optim, groups, apex=True)
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped: nn.Module = trainable
@@ -71,11 +78,23 @@ class DDPEngine:
             # inside DDP, whose hooks stay as they are; the state dict is taken from `trainable`, which has no prefix
             self.wrapped = _compiled(trainable)
         if self.world.size > 1:
-            # no broadcast of buffers: batch statistics are already equal, and banks are not in this module
+            # no broadcast of buffers: batch statistics are already equal, and banks are not in this module. Never
+            # static_graph: it finds no tensor in a dataclass of outputs, and then silently exchanges no gradient
             self.wrapped = DistributedDataParallel(
-                self.wrapped, forward_sync_buffers=False, gradient_as_bucket_view=True
+                _Rehearsed(self.wrapped), forward_sync_buffers=False, gradient_as_bucket_view=True
             )
+            self._settle_buckets()
         return self._forward
+
+    def _settle_buckets(self) -> None:
+        """Have DDP arrange its buckets before the first step of every attempt.
+
+        It arranges them anew after its first backward, and where a gradient lies in a bucket decides in which order
+        more than two ranks add it up: a resumed run would take one step in another arrangement than the uninterrupted.
+        """
+        with transport("the exchange of gradients", self.world):
+            self.wrapped(None).backward()
+        self._forget_gradients()
 
     def _forward(self, batch: Batch) -> Outputs:
         if self.autocast is None:
@@ -111,7 +130,7 @@ class DDPEngine:
             NonFiniteError: float16 overflows whatever the scale; on all ranks.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = _total_norm(gradients) if gradients else torch.zeros((), device=self.device)
+        norm = _total_norm(gradients, few=self.few) if gradients else torch.zeros((), device=self.device)
         unscale = 1.0
         if self.loss_scale is not None:
             unscale = 1 / self.loss_scale.value
@@ -146,11 +165,12 @@ class DDPEngine:
 
     def entries(self) -> list[Entry]:
         """Weights, buffers, the optimizer's state and the scale of the loss, by name."""
+        names = {id(p): name for name, p in self.trainable.named_parameters()}
+        learning = set(names.values())
         weights = [
-            Entry(f"{TRAINABLE}{name}", tensor.nbytes, lambda t=tensor: t)
+            Entry(f"{TRAINABLE}{name}", tensor.nbytes, lambda t=tensor: t, steady=name in learning)
             for name, tensor in cast("dict[str, Tensor]", self.trainable.state_dict()).items()
         ]
-        names = {id(p): name for name, p in self.trainable.named_parameters()}
         scale = [] if self.loss_scale is None else self.loss_scale.entries()
         return weights + state_entries(self.optimizer, names) + scale
 
@@ -172,8 +192,23 @@ class DDPEngine:
             self.loss_scale.load(tensors)
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
+class _Rehearsed(nn.Module):
+    """The module; without a batch a zero, whose gradients are zeros and come last parameter first, as real ones do."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch | None) -> Any:
+        if batch is not None:
+            return self.module(batch)
+        return torch.stack([p.flatten()[0] * 0.0 for p in self.module.parameters() if p.requires_grad]).sum()
+
+
+def _total_norm(gradients: list[Tensor], *, few: bool) -> Tensor:
     """`nn.utils.get_total_norm` for gradients of one device and type, without looking for groups among them."""
+    if few:
+        return torch.linalg.vector_norm(_flatten_dense_tensors(gradients))
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -185,8 +220,11 @@ def _compiled(module: nn.Module) -> nn.Module:
             "engine.compile=false"
         )
     for layer in module.modules():
+        # a collective is no part of a graph: the ranks meet in the order in which the code is written
+        if isinstance(layer, SyncBatchNorm) and layer.world.size > 1:
+            layer.forward = torch.compiler.disable(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
+        # hashing wraps around 64 bits; written out in C++ by torch's compiler that is undefined, and g++ takes it for
+        # leave to drop the end of the loop: wrong masks, and writes beyond the array (seen with torch 2.13)
         if isinstance(layer, KeyedDropout):
-            # hashing wraps around 64 bits; written out in C++ by torch's compiler that is undefined, and g++ takes it
-            # for leave to drop the end of the loop: wrong masks, and writes beyond the array (seen with torch 2.13)
-            layer.kept = cast(Callable[[Tensor], Tensor], torch.compiler.disable(layer.kept))
+            layer.kept = torch.compiler.disable(layer.kept)  # pyright: ignore[reportAttributeAccessIssue]
     return cast(nn.Module, torch.compile(module))

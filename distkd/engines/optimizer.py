@@ -160,7 +160,7 @@ def state_entries(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
                 entries.append(Entry(f"{name}step", 4, count))
             for field in sorted(state.keys() - unused):
                 value = torch.as_tensor(state[field])
-                entries.append(Entry(f"{name}{field}", value.nbytes, lambda v=value: v))
+                entries.append(Entry(f"{name}{field}", value.nbytes, lambda v=value: v, steady=True))
     return entries
 
 

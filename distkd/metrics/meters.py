@@ -93,6 +93,15 @@ class Meter:
         by_rank = [values[3 + rank * len(own) : 3 + (rank + 1) * len(own)] for rank in range(world.size)]
         return Reduced(means, int(values[0]), by_rank)
 
+    def pending(self) -> list[dict[str, float]]:
+        """What was added since the last `reduce`, step by step, exactly; a host sync."""
+        return [{name: float(value) for name, value in step.items()} for step in self._steps]
+
+    def restore(self, pending: Sequence[Mapping[str, float]]) -> None:
+        """Add what another meter had pending."""
+        for step in pending:
+            self.add({name: torch.tensor(value, dtype=torch.float64) for name, value in step.items()})
+
     def _sums(self, names: Sequence[str]) -> Tensor:
         """Sum over the steps of each name, float64; a handful of kernels however many names there are."""
         if all(len(step) == len(names) for step in self._steps):

@@ -100,6 +100,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
     """Every step from where the run stands to its last."""
     job, plan, config = run.job, run.job.plan, run.job.settings.run
     tally = Tally(job, config.log_every)
+    tally.restore(run.carried)
     watch = tally.watch
     if run.owes_validation:
         validate(run)
@@ -118,12 +119,13 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
 
             ended_epoch = run.step % plan.steps_per_epoch == 0
             checkpoint_due = run.step % (config.checkpoint_every or plan.steps_per_epoch) == 0
+            run.carried = []
             if run.step % config.log_every == 0 or checkpoint_due or ended_epoch:
                 reading = tally.read(stop_flag)
                 publish(run, reading)
                 stop = reading.stop and run.step < plan.n_steps
-            else:
-                stop = tally.should_stop(run.step, stop_flag)
+            elif stop := tally.should_stop(run.step, stop_flag):
+                run.carried = tally.carry()
             if ended_epoch and run.step // plan.steps_per_epoch % config.eval_every == 0:
                 run.owes_validation = True
                 if not stop:  # whoever asks for a stop does not wait for a long evaluation
@@ -216,6 +218,7 @@ def save(run: Run) -> None:
         "teacher": None if job.teacher is None else job.teacher.card["sha256"],
         "skipped": run.skipped,
         "owes_validation": run.owes_validation,
+        "carried": run.carried,
         "config": job.settings.model_dump(mode="json"),
     }
     replicated = [job.method.state] if job.engine.sharded else [job.method.trainable, job.method.state]

@@ -40,6 +40,8 @@ class Run:
     """Steps whose update was left out."""
     owes_validation: bool = False
     """Whether the checkpoint was written in a hurry, before the epoch that had just ended was scored."""
+    carried: list[list[dict[str, float]]] = field(default_factory=list[list[dict[str, float]]])
+    """Metrics of the steps between the last line and the checkpoint, by rank and step."""
     saver: Saver = field(init=False)
     writer: MetricsWriter | None = None
     progress: Progress | None = None
@@ -64,6 +66,7 @@ class Run:
             meta = checkpoint.read_meta(found)
             self.step = meta["step"]
             self.skipped, self.owes_validation = meta.get("skipped", 0), meta.get("owes_validation", False)
+            self.carried = meta.get("carried", [])
         failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
         if failure is not None:
             raise failure

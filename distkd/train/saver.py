@@ -155,7 +155,8 @@ class Saver:
         if fate.error is not None:
             if self.world.is_main:
                 shutil.rmtree(self._partial(fate.step), ignore_errors=True)
-            log.warning("checkpoint of step %d could not be written: %s; training goes on", fate.step, fate.error)
+            text = "checkpoint of step %d could not be written to %s: %s; training goes on"
+            log.warning(text, fate.step, self.checkpoints, fate.error)
         if self.failures >= FAILURES:
             raise DiskError(
                 f"{self.failures} checkpoints in a row could not be written to {self.checkpoints}: {fate.error}; "
@@ -249,14 +250,14 @@ class Saver:
             raise OSError(f"another attempt of this run has taken over {self.checkpoints}")
         target = self.checkpoints / f"step-{copy.step:08d}"
         if target.exists():  # a damaged one, which was passed over
-            shutil.rmtree(target)
+            _remove(target)
         partial.rename(target)
         sync(self.checkpoints)
         write_text(self.checkpoints / "latest", target.name + "\n")
         spared = f"step-{copy.best_step:08d}" if self.keep_best else None
         for old in complete(self.checkpoints)[: -self.keep_last]:
             if old.name != spared:
-                shutil.rmtree(old)
+                _remove(old)
 
     def _digest_of(self, rank: int, copy: _Copy) -> str:
         """What a rank says of its part, once it is on disk."""
@@ -271,6 +272,13 @@ class Saver:
             if self._abandoned.is_set() or time.monotonic() > end:
                 raise OSError(f"rank {rank} has not written its part within {self.patience_s:g} s")
             time.sleep(_POLL_S)
+
+
+def _remove(checkpoint: Path) -> None:
+    """A kill in the middle leaves nothing that looks like a checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _copies_done(device: torch.device) -> Callable[[], None]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from distkd.base import Batch, StepOutput
-from distkd.comm.world import all_reduce_max, waited_s
+from distkd.comm.world import all_reduce_max, gather_objects, waited_s
 from distkd.engines import Update
 from distkd.metrics.meters import Meter, Stopwatch
 from distkd.train.finite import FiniteGuard
@@ -93,6 +93,28 @@ class Tally:
         self._steps, self._since = 0, now
         straggler = _straggler([busy_s for busy_s, _ in reduced.by_rank])
         return Reading(reduced.means, timings | straggler, reduced.flags > 0)
+
+    def carry(self) -> list[list[dict[str, float]]]:
+        """What every rank has measured since the last reading, for a checkpoint between two of them. One gather.
+
+        Raises:
+            NonFiniteError: on all ranks, where a step was not finite: no checkpoint is worth writing.
+        """
+        pending = gather_objects(self._meter.pending(), self.job.world)
+        losses = [step["loss"] for steps in pending for step in steps]
+        self.guard.check(sum(losses))
+        return pending
+
+    def restore(self, carried: Sequence[Sequence[Mapping[str, float]]]) -> None:
+        """Go on from `carry`: this rank's own steps, or at another number of ranks the mean of all on every rank."""
+        world = self.job.world
+        if len(carried) == world.size:
+            self._meter.restore(carried[world.rank])
+        elif carried:
+            together = zip(*carried, strict=True)
+            self._meter.restore(
+                [{name: statistics.fmean(step[name] for step in steps) for name in steps[0]} for steps in together]
+            )
 
     def should_stop(self, step: int, stop_flag: StopFlag) -> bool:
         """Whether any rank was asked to stop, between two readings. A collective where steps are long, else no."""

@@ -116,8 +116,7 @@ def _out_of_order(world: World, store: Path) -> str:
         else:
             comm.all_gather_rows(torch.ones(3, 2), world)
     except DivergedError as error:
-        assert error.local  # both ranks speak
-        return str(error)
+        return str(error) if error.local else "only one rank would speak"
     return ""
 
 

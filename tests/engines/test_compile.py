@@ -44,8 +44,8 @@ def use_cache(cache: Path) -> None:
     torch.compiler.reset()
 
 
-def config_of(method: str, shards: Path, root: Path, *, compile: bool, precision: str = "fp32") -> dict[str, Any]:
-    # plain gradient descent: Adam makes a whole step of what is rounding in another order
+def config_of(method: str, shards: Path, root: Path, *, compile: bool, precision: str = "fp64") -> dict[str, Any]:
+    # plain gradient descent: Adam makes a whole step of what is rounding only
     return law_config(
         method,
         shards,
@@ -77,16 +77,16 @@ def trace(world: World, *, config: dict[str, Any], cache: Path) -> tuple[list[fl
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("method", ["logit_kd", "dc_distill"])
 def test_compiled_equals_eager(ranks: Any, shards: Path, root: Path, cache: Path, method: str, size: int):
-    """With dropout and with batch statistics over the ranks; twice the same, bit for bit."""
+    """In float64, with dropout and with batch statistics over the ranks; and twice the same, bit for bit."""
     eager, compiled = (config_of(method, shards, root, compile=compile) for compile in (False, True))
     expected = ranks(size).run(trace, config=eager, cache=cache)
     found = ranks(size).run(trace, config=compiled, cache=cache)
     again = ranks(size).run(trace, config=compiled, cache=cache)
     for (losses, entries, collectives), (known, reference, counted) in zip(found, expected, strict=True):
-        assert losses == pytest.approx(known, rel=1e-5)
+        assert losses == pytest.approx(known, rel=1e-10)
         assert collectives == counted
         assert not [name for name in entries if "_orig_mod" in name]
-        equal_up_to(entries, reference, 1e-4)
+        equal_up_to(entries, reference, 1e-9)
     for (losses, entries, _), (repeated, same, _) in zip(found, again, strict=True):
         assert losses == repeated
         assert all(torch.equal(tensor, same[name]) for name, tensor in entries.items())
@@ -131,8 +131,8 @@ def test_masks_are_those_of_eager(cache: Path, kind: type[KeyedDropout]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_can_be_compiled(shards: Path, root: Path, cache: Path, precision: str):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_precisions_can_be_compiled(shards: Path, root: Path, cache: Path, precision: str):
     """Near eager, not equal: compiled code keeps more digits between two operations."""
     (known, *_), (losses, *_) = (
         trace(World(), config=config_of("logit_kd", shards, root, compile=compile, precision=precision), cache=cache)

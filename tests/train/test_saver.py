@@ -224,7 +224,10 @@ def test_a_failure_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCapture
     with writing(full_disk):
         saver.save(7, entries_of({"trainable/w": torch.ones(3)}), Best(), {})
         saver.wait()
-    assert "checkpoint of step 7 could not be written: No space left on device; training goes on" in caplog.text
+    said = (
+        f"checkpoint of step 7 could not be written to {saver.checkpoints}: No space left on device; training goes on"
+    )
+    assert said in caplog.text
     assert [fate.error for fate in fates] == ["No space left on device"]
     assert list(saver.checkpoints.iterdir()) == []
 

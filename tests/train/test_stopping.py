@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distkd.base import World
 from distkd.comm.world import barrier
-from distkd.errors import Interrupted
+from distkd.errors import Interrupted, NonFiniteError
 from distkd.metrics.jsonl import read_jsonl
 from distkd.train import loop
 from distkd.train.checkpoint import Tensors, complete, read_meta
@@ -82,3 +82,53 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_start(
         assert torch.equal(found[name], tensor), name
     lines = [[{**line, "timings": None} for line in read_jsonl(folder / "metrics.jsonl")] for folder in folders]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (1, 2)])
+def test_a_stop_between_two_lines_of_metrics_loses_none(ranks: Any, shards: Path, root: Path, sizes: tuple[int, int]):
+    whole, broken = (
+        law_config("supervised", shards, root, run={"name": f"{name}-{sizes}", "epochs": 1, "log_every": 5})
+        for name in ("lines", "torn")
+    )
+    first, second = sizes
+    ranks(first).run(_train, config=whole, stop_in=None)
+    said = ranks(first).run(_train, config=broken, stop_in=2)
+    assert said == ["stopped by a signal after step 3 of 15; start again to go on"] * first
+    ranks(second).run(_train, config=broken, stop_in=None)
+    lines = [
+        [line for line in read_jsonl(settings_of(config).folder / "metrics.jsonl") if "loss" in line]
+        for config in (whole, broken)
+    ]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [5, 10, 15]
+    for one, other in zip(*lines, strict=True):
+        if first == second:
+            assert {**one, "timings": None} == {**other, "timings": None}
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-9)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-9)
+
+
+def test_a_stop_right_after_a_bad_step_writes_no_checkpoint(ranks: Any, shards: Path, root: Path):
+    config = law_config("supervised", shards, root, run={"name": "bad-stop", "epochs": 1, "log_every": 1000})
+    said = ranks(2).run(_bad_then_stop, config=config)
+    assert said[0].startswith("loss or gradient is not finite at step 2")
+    assert said[0] == said[1]
+    assert not complete(settings_of(config).folder / "checkpoints")
+
+
+def _bad_then_stop(world: World, config: dict[str, Any]) -> str:
+    original = loop.train_step
+
+    def watched(job: loop.Job, passes: Any, watch: Any) -> Any:
+        if passes[0].step == 2 and world.is_main:
+            passes[0].views[0]["path"][0] = float("nan")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(job, passes, watch)
+
+    loop.train_step = watched
+    try:
+        train(settings_of(config), world)
+    except NonFiniteError as error:
+        return str(error)
+    finally:
+        loop.train_step = original
+    return ""
