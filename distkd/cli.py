@@ -198,7 +198,13 @@ def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
         ]
     )
     first = stages[0]
-    comm.init(world, device=device_of(first, world), timeout_s=first.engine.timeout_s, debug=first.engine.debug)
+    comm.init(
+        world,
+        device=device_of(first, world),
+        timeout_s=first.engine.timeout_s,
+        debug=first.engine.debug,
+        record=first.folder / "events" / "flight-rank-",
+    )
     try:
         for settings in stages:
             train(settings, world, allow_change=arguments.allow_change)

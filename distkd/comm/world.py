@@ -11,6 +11,8 @@ it was waiting in.
 
 from __future__ import annotations
 
+import importlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -55,8 +57,20 @@ def waited_s() -> float:
     return _waited[0]
 
 
+_record: list[Path] = []
+"""Where the flight recorder's dump goes, rank appended; empty while it is off."""
+_RECORDED = 2000
+"""Collectives that it remembers."""
+
+
 def init(
-    world: World, *, device: torch.device, timeout_s: float, debug: bool = False, store: Path | None = None
+    world: World,
+    *,
+    device: torch.device,
+    timeout_s: float,
+    debug: bool = False,
+    record: Path | None = None,
+    store: Path | None = None,
 ) -> None:
     """Meet the other ranks: NCCL on CUDA, gloo elsewhere; nothing to do in a world of one.
 
@@ -65,6 +79,8 @@ def init(
         device: where the tensors of the collectives live.
         timeout_s: how long a collective waits for a missing rank.
         debug: compare every collective over the ranks before it starts, those of the engines included.
+        record: beginning of the path to which a rank that loses another one writes its last collectives; on CUDA and
+            in debug mode, where torch's flight recorder is on.
         store: file to meet over; unset takes the address that the launcher put into the environment.
 
     Raises:
@@ -75,6 +91,12 @@ def init(
         return
     method = "env://" if store is None else f"file://{store}"
     backend = "nccl" if device.type == "cuda" else "gloo"
+    _record[:] = [record] if record is not None and (debug or device.type == "cuda") else []
+    if _record:
+        # read by torch when the group is made; where a kernel hangs, NCCL's watchdog writes the dump by itself
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(record)
     dist.set_debug_level(dist.DebugLevel.DETAIL if debug else dist.DebugLevel.OFF)  # pyright: ignore[reportPrivateImportUsage]
 
     def meet() -> None:
@@ -112,8 +134,23 @@ def failure(what: str, error: BaseException, world: World) -> DistkdError:
         return apart
     return LostRankError(
         f"rank {world.rank} of {world.size}: {what} failed: {error}; another rank died or stopped answering, start the "
-        "run again to resume"
+        f"run again to resume{_dumped(world)}"
     )
+
+
+def _dumped(world: World) -> str:
+    """Write down what this rank's last collectives were, and say where."""
+    if not _record:
+        return ""
+    path = Path(f"{_record[0]}{world.rank}")
+    try:
+        recorders = importlib.import_module("torch._C._distributed_c10d")
+        dump: Callable[[], bytes] = getattr(recorders, f"_dump_{'nccl' if dist.get_backend() == 'nccl' else 'fr'}_trace")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(dump())
+    except (AttributeError, OSError, RuntimeError):
+        return ""  # the error itself matters more
+    return f"; its last collectives are in {path}, see `torchfrtrace -p {_record[0].name} {path.parent}`"
 
 
 def _guard(name: str, world: World, call: Callable[[], T]) -> T:

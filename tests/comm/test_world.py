@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,35 @@ def _waits(world: World) -> tuple[float, float]:
     before = comm.waited_s()
     comm.all_reduce_sum(torch.ones(1), world)
     return before, comm.waited_s()
+
+
+def _lost_in_debug_mode(world: World, folder: Path) -> str:
+    """The last rank leaves; what the other one says."""
+    comm.shutdown()
+    comm.init(
+        world,
+        device=torch.device("cpu"),
+        timeout_s=5.0,
+        debug=True,
+        record=folder / "events" / "flight-rank-",
+        store=folder / "store",
+    )
+    comm.all_reduce_sum(torch.ones(3), world)
+    if not world.is_main:
+        return ""
+    try:
+        comm.all_gather_rows(torch.ones(2, 2), world)
+    except LostRankError as error:
+        return str(error)
+    return "nothing was lost"
+
+
+def test_a_rank_that_loses_another_one_leaves_its_last_collectives(ranks, tmp_path: Path):
+    said, _ = ranks(2).run(_lost_in_debug_mode, folder=tmp_path)
+    path = tmp_path / "events" / "flight-rank-0"
+    assert "collective 'all_gather_rows' number 1 failed: " in said
+    assert said.endswith(
+        f"; its last collectives are in {path}, see `torchfrtrace -p flight-rank- {tmp_path / 'events'}`"
+    )
+    recorded = pickle.loads(path.read_bytes())["entries"]
+    assert any("all_reduce" in entry["profiling_name"] for entry in recorded)

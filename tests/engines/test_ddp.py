@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Outputs, World
 from distkd.comm.world import gather_objects
-from distkd.engines import DDPEngine, OptimConfig
+from distkd.engines import DDPEngine, OptimConfig, ddp
+from distkd.engines.ddp import _total_norm
 from distkd.errors import CheckpointError
 from tests.laws.common import equal_up_to, law_config, run_steps
 
@@ -134,6 +135,23 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it(clip: float):
     factor = min(1.0, clip / (total.item() + 1e-6)) if clip else 1.0
     for p, old, g in zip(model.parameters(), before, gradient, strict=True):
         torch.testing.assert_close(old - p.detach(), factor * g, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_the_norm_is_torchs(few: bool):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3, 5, generator=generator).t(), torch.randn((), generator=generator), torch.zeros(0, 2)]
+    expected = nn.utils.get_total_norm(gradients).item()
+    assert _total_norm(gradients, few=few).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_of_any_size_reports_its_norm(monkeypatch: pytest.MonkeyPatch):
+    norms: list[float] = []
+    for few in (0, 2**16):
+        monkeypatch.setattr(ddp, "_FEW", few)
+        engine, forward = engine_of(Line())
+        norms.append(step(engine, forward, 0).item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
 
 
 # several ranks
