@@ -145,7 +145,8 @@ def _dumped(world: World) -> str:
     path = Path(f"{_record[0]}{world.rank}")
     try:
         recorders = importlib.import_module("torch._C._distributed_c10d")
-        dump: Callable[[], bytes] = getattr(recorders, f"_dump_{'nccl' if dist.get_backend() == 'nccl' else 'fr'}_trace")
+        name = "_dump_nccl_trace" if dist.get_backend() == "nccl" else "_dump_fr_trace"
+        dump: Callable[[], bytes] = getattr(recorders, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(dump())
     except (AttributeError, OSError, RuntimeError):
