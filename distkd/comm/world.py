@@ -58,7 +58,7 @@ def waited_s() -> float:
 
 
 _record: list[Path] = []
-"""Where the flight recorder's dump goes, rank appended; empty while it is off."""
+"""Where the flight recorder's dump goes, rank appended; empty where nobody asked for one."""
 _RECORDED = 2000
 """Collectives that it remembers."""
 
@@ -79,8 +79,8 @@ def init(
         device: where the tensors of the collectives live.
         timeout_s: how long a collective waits for a missing rank.
         debug: compare every collective over the ranks before it starts, those of the engines included.
-        record: beginning of the path to which a rank that loses another one writes its last collectives; on CUDA and
-            in debug mode, where torch's flight recorder is on.
+        record: beginning of the path to which a rank that loses another one writes its last collectives, as torch's
+            flight recorder has them.
         store: file to meet over; unset takes the address that the launcher put into the environment.
 
     Raises:
@@ -91,7 +91,7 @@ def init(
         return
     method = "env://" if store is None else f"file://{store}"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    _record[:] = [record] if record is not None and (debug or device.type == "cuda") else []
+    _record[:] = [] if record is None else [record]
     if _record:
         # read by torch when the group is made; where a kernel hangs, NCCL's watchdog writes the dump by itself
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
@@ -140,18 +140,20 @@ def failure(what: str, error: BaseException, world: World) -> DistkdError:
 
 def _dumped(world: World) -> str:
     """Write down what this rank's last collectives were, and say where."""
-    if not _record:
+    if not _record or not dist.is_initialized():
         return ""
     path = Path(f"{_record[0]}{world.rank}")
+    nccl = dist.get_backend() == "nccl"
     try:
         recorders = importlib.import_module("torch._C._distributed_c10d")
-        name = "_dump_nccl_trace" if dist.get_backend() == "nccl" else "_dump_fr_trace"
-        dump: Callable[[], bytes] = getattr(recorders, name)
+        # gloo's as text: `torchfrtrace` does not read it, and the pickled form takes seconds
+        dump: Callable[[], bytes] = getattr(recorders, "_dump_nccl_trace" if nccl else "_dump_fr_trace_json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(dump())
     except (AttributeError, OSError, RuntimeError):
         return ""  # the error itself matters more
-    return f"; its last collectives are in {path}, see `torchfrtrace -p {_record[0].name} {path.parent}`"
+    reader = f" (torchfrtrace -p {_record[0].name} {path.parent})" if nccl else ""
+    return f"; its last collectives are in {path}{reader}"
 
 
 def _guard(name: str, world: World, call: Callable[[], T]) -> T:

@@ -75,6 +75,10 @@ class Normaliser(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.look()
+
+    def look(self) -> None:
+        """Notice that `log_z` was changed from outside; a host sync."""
         self._known = not math.isnan(self.log_z.item())
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distkd.memory.bank import MemoryBank
+from distkd.memory.bank import MemoryBank, Normaliser
 
 __all__ = ["Undo"]
 
@@ -18,6 +18,7 @@ class Undo:
 
     def __init__(self, *roots: nn.Module):
         owners = [module for root in roots for module in root.modules() if not isinstance(module, MemoryBank)]
+        self.normalisers = [module for module in owners if isinstance(module, Normaliser)]
         found = {id(buffer): buffer for module in owners for buffer in module.buffers(recurse=False)}
         self.live: list[Tensor] = list(found.values())
         self.kept = [buffer.clone() for buffer in self.live]
@@ -27,8 +28,10 @@ class Undo:
         _copy(self.kept, self.live)
 
     def back(self) -> None:
-        """As it was at the last `keep`."""
+        """As it was at the last `keep`. One host sync for each normaliser."""
         _copy(self.live, self.kept)
+        for normaliser in self.normalisers:
+            normaliser.look()
 
 
 @torch.no_grad()
