@@ -189,6 +189,7 @@ def _measure(world: World) -> tuple[dict[str, float], int, list[list[float]]]:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_real_ranks_agree_on_means_and_flag(ranks, size):
-    assert ranks(size).run(_measure) == [
-        ({"loss": 1.0 + (size - 1) / 2}, 1, [[float(rank)] for rank in range(size)])
-    ] * size
+    assert (
+        ranks(size).run(_measure)
+        == [({"loss": 1.0 + (size - 1) / 2}, 1, [[float(rank)] for rank in range(size)])] * size
+    )

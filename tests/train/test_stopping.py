@@ -20,8 +20,22 @@ from distkd.metrics.jsonl import read_jsonl
 from distkd.train import loop
 from distkd.train.checkpoint import Tensors, complete, read_meta
 from distkd.train.loop import train
-from distkd.train.signals import REACTION_S, Pacing
+from distkd.train.signals import REACTION_S, Pacing, StopFlag
 from tests.laws.common import law_config, settings_of
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_forked_worker_ends_as_if_there_were_no_handler(number: signal.Signals):
+    """A data worker has no step to finish; its signal is not the run's."""
+    with StopFlag() as stop_flag:
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), number)
+            os._exit(0)  # not reached where the signal ends the worker
+        _, status = os.waitpid(worker, 0)
+        assert stop_flag.received is None
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == number
 
 
 @given(log_every=st.integers(1, 1000), step_s=st.floats(0, 1e6))
