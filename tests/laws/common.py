@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,17 @@ import torch
 from torch import Tensor
 
 from distkd import methods
-from distkd.base import World
+from distkd.base import Batch, World
 from distkd.comm import world as comm
 from distkd.config import settings_class
 from distkd.data.loader import train_batches
 from distkd.metrics.meters import Stopwatch
+from distkd.train import loop
 from distkd.train.job import Job, assemble
 from distkd.train.loop import train_step
 from distkd.train.settings import Settings
 
-__all__ = ["Trace", "law_config", "run_steps", "settings_of"]
+__all__ = ["Crash", "Trace", "before_steps", "equal_up_to", "law_config", "run_steps", "settings_of"]
 
 # what a method needs to be small, by name; a method that is not here is taken with its defaults
 SMALL: dict[str, dict[str, Any]] = {
@@ -67,6 +70,26 @@ class Trace:
     samples: list[list[int]]
     counts: list[dict[str, int]]
     backwards: list[int]
+
+
+class Crash(Exception):
+    """A process that dies: nothing after it runs."""
+
+
+@contextmanager
+def before_steps(hook: Callable[[int, Sequence[Batch]], None]) -> Iterator[None]:
+    """Call `hook(step, batches of its passes)` before every step of a run; what it raises ends the run."""
+    original = loop.train_step
+
+    def watched(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> Any:
+        hook(passes[0].step, passes)
+        return original(job, passes, watch)
+
+    loop.train_step = watched
+    try:
+        yield
+    finally:
+        loop.train_step = original
 
 
 def run_steps(world: World, *, config: dict[str, Any], steps: int) -> Trace:

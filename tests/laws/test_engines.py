@@ -14,10 +14,9 @@ from distkd import methods
 from distkd.base import World
 from distkd.comm.world import barrier
 from distkd.engines.deepspeed import DeepSpeedEngine
-from distkd.train import loop
 from distkd.train.checkpoint import Tensors, complete
 from distkd.train.loop import train
-from tests.laws.common import equal_up_to, law_config, settings_of
+from tests.laws.common import Crash, before_steps, equal_up_to, law_config, settings_of
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"name": "ddp"},
@@ -31,27 +30,20 @@ FLOAT = 2e-4
 """Float32, Adam, 30 steps: gradients near zero are rounding, and Adam makes them as large as any other."""
 
 
-class Crash(Exception):
-    """A process that dies: nothing after it runs."""
-
-
 def _train(world: World, config: dict[str, Any], crash_at: int | None = None) -> None:
-    original = loop.train_step
-
-    def watched(job: loop.Job, passes: Any, watch: Any) -> Any:
-        if passes[0].step == crash_at:
+    def hook(step: int, _: Any) -> None:
+        if step == crash_at:
             raise Crash
-        return original(job, passes, watch)
 
-    loop.train_step = watched
     threshold = DeepSpeedEngine.keep_whole
     DeepSpeedEngine.keep_whole = 0  # stage 3 would keep weights as small as these whole
     try:
-        train(settings_of(config), world)
+        with before_steps(hook):
+            train(settings_of(config), world)
     except Crash:
         barrier(world)
     finally:
-        loop.train_step, DeepSpeedEngine.keep_whole = original, threshold
+        DeepSpeedEngine.keep_whole = threshold
 
 
 def _config(method: str, shards: Path, root: Path, name: str, engine: str, **overrides: Any) -> dict[str, Any]:

@@ -18,33 +18,24 @@ from distkd.base import World
 from distkd.comm.world import barrier
 from distkd.errors import ConfigError, Interrupted
 from distkd.metrics.jsonl import read_jsonl
-from distkd.train import loop
 from distkd.train.loop import train
-from tests.laws.common import equal_up_to, law_config, settings_of
-
-
-class Crash(Exception):
-    """A process that dies: nothing after it runs."""
+from tests.laws.common import Crash, before_steps, equal_up_to, law_config, settings_of
 
 
 def _train(world: World, config: dict[str, Any], *, crash_at: int | None = None, stop_at: int | None = None) -> None:
     """Train to the end, or die before step `crash_at`, or be asked by a signal to one rank after `stop_at`."""
-    original = loop.train_step
 
-    def watched(job: loop.Job, passes: Any, watch: Any) -> Any:
-        if passes[0].step == crash_at:
+    def hook(step: int, _: Any) -> None:
+        if step == crash_at:
             raise Crash
-        if passes[0].step == stop_at and world.rank == world.size - 1:
+        if step == stop_at and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(job, passes, watch)
 
-    loop.train_step = watched
     try:
-        train(settings_of(config), world)
+        with before_steps(hook):
+            train(settings_of(config), world)
     except (Crash, Interrupted):
         barrier(world)
-    finally:
-        loop.train_step = original
 
 
 def _ending(folder: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from distkd.data.plan import Plan
 from distkd.errors import NonFiniteError
 from distkd.metrics.jsonl import read_jsonl
 from distkd.metrics.meters import Stopwatch
-from distkd.train import loop
-from distkd.train.job import Job, assemble
+from distkd.train.job import assemble
 from distkd.train.loop import train, train_step
-from tests.laws.common import law_config, settings_of
+from tests.laws.common import Crash, before_steps, law_config, settings_of
 
 
 def _config(shards: Path, root: Path, name: str, **overrides: Any) -> dict[str, Any]:
@@ -82,25 +82,20 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(
 
 
 def _train(world: World, config: dict[str, Any], bad: list[int], bad_rank: int, crash_at: int | None = None) -> str:
-    original = loop.train_step
-
-    def spoiled(job: Job, passes: Any, watch: Any) -> Any:
-        if passes[0].step == crash_at:
-            raise KeyError("crash")
-        if passes[0].step in bad and world.rank == bad_rank:
+    def hook(step: int, passes: Sequence[Batch]) -> None:
+        if step == crash_at:
+            raise Crash
+        if step in bad and world.rank == bad_rank:
             for batch in passes:
                 _spoil(batch)
-        return original(job, passes, watch)
 
-    loop.train_step = spoiled
     try:
-        train(settings_of(config), world)
+        with before_steps(hook):
+            train(settings_of(config), world)
     except NonFiniteError as error:
         return str(error)
-    except KeyError:
+    except Crash:
         return "crash"
-    finally:
-        loop.train_step = original
     return ""
 
 

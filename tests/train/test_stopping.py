@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distkd.base import World
+from distkd.base import Batch, World
 from distkd.comm.world import barrier
 from distkd.errors import Interrupted, NonFiniteError
 from distkd.metrics.jsonl import read_jsonl
-from distkd.train import loop
 from distkd.train.checkpoint import Tensors, complete, read_meta
 from distkd.train.loop import train
 from distkd.train.signals import REACTION_S, Pacing, StopFlag
-from tests.laws.common import law_config, settings_of
+from tests.laws.common import before_steps, law_config, settings_of
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -49,21 +49,17 @@ def test_ranks_ask_each_other_at_least_every_two_seconds_of_steps(log_every: int
 
 def _train(world: World, config: dict[str, Any], stop_in: int | None) -> str:
     """Train; the last rank gets a signal inside step `stop_in`."""
-    original = loop.train_step
 
-    def watched(job: loop.Job, passes: Any, watch: Any) -> Any:
-        if passes[0].step == stop_in and world.rank == world.size - 1:
+    def hook(step: int, _: Any) -> None:
+        if step == stop_in and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(job, passes, watch)
 
-    loop.train_step = watched
     try:
-        train(settings_of(config), world)
+        with before_steps(hook):
+            train(settings_of(config), world)
     except Interrupted as stop:
         barrier(world)
         return str(stop)
-    finally:
-        loop.train_step = original
     return ""
 
 
@@ -130,19 +126,14 @@ def test_a_stop_right_after_a_bad_step_writes_no_checkpoint(ranks: Any, shards: 
 
 
 def _bad_then_stop(world: World, config: dict[str, Any]) -> str:
-    original = loop.train_step
-
-    def watched(job: loop.Job, passes: Any, watch: Any) -> Any:
-        if passes[0].step == 2 and world.is_main:
+    def hook(step: int, passes: Sequence[Batch]) -> None:
+        if step == 2 and world.is_main:
             passes[0].views[0]["path"][0] = float("nan")
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(job, passes, watch)
 
-    loop.train_step = watched
     try:
-        train(settings_of(config), world)
+        with before_steps(hook):
+            train(settings_of(config), world)
     except NonFiniteError as error:
         return str(error)
-    finally:
-        loop.train_step = original
     return ""
