@@ -19,7 +19,6 @@ from distkd.comm.world import barrier, broadcast_object
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
 from distkd.engines import Entry, Update
-from distkd.errors import Interrupted
 from distkd.metrics.meters import Stopwatch
 from distkd.train import checkpoint
 from distkd.train.checkpoint import STATE, Best
@@ -134,8 +133,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
                 with watch.phase("checkpoint"):
                     save(run)
             if stop:
-                run.saver.wait()
-                raise Interrupted(f"stopped by a signal after step {run.step} of {plan.n_steps}; start again to go on")
+                raise run.stopped()
         run.saver.wait()
 
 

@@ -135,6 +135,17 @@ class Run:
         if self.writer is not None:
             self.writer.write({"step": self.step, "epoch": self.job.plan.epoch_of(max(0, self.step - 1)), **values})
 
+    def stopped(self) -> Interrupted | DiskError:
+        """What a stop that was asked for ends with, once its checkpoint is on disk or is known not to be."""
+        self.saver.wait()
+        where = f"stopped by a signal after step {self.step} of {self.job.plan.n_steps}"
+        if self.saver.failures:
+            return DiskError(
+                f"{where}, but its checkpoint could not be written to {self.checkpoints}; make room, then start again "
+                "to go on from the last whole one"
+            )
+        return Interrupted(f"{where}; start again to go on")
+
     def close(self, error: BaseException | None) -> None:
         """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
         self.saver.abandon()

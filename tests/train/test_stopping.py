@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from distkd.base import Batch, World
 from distkd.comm.world import barrier
-from distkd.errors import Interrupted, NonFiniteError
+from distkd.errors import DiskError, Interrupted, NonFiniteError
 from distkd.metrics.jsonl import read_jsonl
+from distkd.train import saver
 from distkd.train.checkpoint import Tensors, complete, read_meta
 from distkd.train.loop import train
 from distkd.train.signals import REACTION_S, Pacing, StopFlag
@@ -45,6 +47,20 @@ def test_ranks_ask_each_other_at_least_every_two_seconds_of_steps(log_every: int
     pacing.learn(step_s)
     assert 1 <= pacing.every <= log_every
     assert pacing.every == 1 or pacing.every * step_s <= REACTION_S
+
+
+def test_a_stop_whose_checkpoint_finds_no_room_is_no_success(shards: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Exit code 3 promises a complete checkpoint."""
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saver, "save_file", full_disk)
+    config = law_config("supervised", shards, root, run={"name": "full", "epochs": 1})
+    with pytest.raises(DiskError, match=r"stopped by a signal after step 4 of 15, but its checkpoint could not be"):
+        _train(World(), config, stop_in=3)
+    outcome = json.loads((settings_of(config).folder / "outcome.json").read_text())
+    assert (outcome["state"], outcome["kind"]) == ("failed", "disk")
 
 
 def _train(world: World, config: dict[str, Any], stop_in: int | None) -> str:
