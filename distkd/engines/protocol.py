@@ -38,8 +38,10 @@ class EngineConfig(StrictConfig):
     @model_validator(mode="after")
     def _fits(self) -> EngineConfig:
         if self.name == "deepspeed" and self.precision in ("fp16", "fp64"):
-            other = "engine.precision bf16, or engine.name ddp" if self.precision == "fp16" else "engine.name ddp"
-            raise ConfigError(f"engine.precision={self.precision} is not available under deepspeed; use {other}")
+            other = "bf16" if self.precision == "fp16" else "fp32"
+            raise ConfigError(
+                f"engine.precision={self.precision} is not available under deepspeed; use {other}, or engine.name ddp"
+            )
         if self.name == "fsdp" and self.precision == "fp16":
             raise ConfigError("engine.precision=fp16 is not available under fsdp; use bf16, or engine.name ddp")
         if self.compile and self.name != "ddp":

@@ -17,11 +17,11 @@ from tests.small import Small
     [
         (
             {"engine.name": "deepspeed", "engine.precision": "fp16"},
-            "engine.precision=fp16 is not available under deepspeed; use engine.precision bf16, or engine.name ddp",
+            "engine.precision=fp16 is not available under deepspeed; use bf16, or engine.name ddp",
         ),
         (
             {"engine.name": "deepspeed", "engine.precision": "fp64"},
-            "engine.precision=fp64 is not available under deepspeed; use engine.name ddp",
+            "engine.precision=fp64 is not available under deepspeed; use fp32, or engine.name ddp",
         ),
         (
             {"engine.name": "fsdp", "engine.precision": "fp16"},
