@@ -104,7 +104,9 @@ def _progress(folder: Path, since: int) -> int:
 def _says_who_and_where(message: str, rank: int) -> None:
     where = r"(collective '\w+' number \d+|the exchange of gradients) failed: .+"
     advice = "another rank died or stopped answering, start the run again to resume"
-    assert re.fullmatch(rf"rank {rank} of 2: {where}; {advice}", message, re.DOTALL), message
+    record = rf"its last collectives are in \S+/events/flight-rank-{rank}"
+    assert re.fullmatch(rf"rank {rank} of 2: {where}; {advice}; {record}", message, re.DOTALL), message
+    assert Path(message.rpartition(" ")[2]).stat().st_size > 0
 
 
 def _lost(folder: Path, rank: int) -> dict[str, Any] | None:
