@@ -28,6 +28,7 @@ from distkd.base import World
 from distkd.errors import ConfigError, DistkdError, DivergedError, LostRankError
 
 __all__ = [
+    "DISAGREEMENT",
     "all_gather_rows",
     "all_reduce_max",
     "all_reduce_sum",
@@ -43,7 +44,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_DISAGREEMENT = "mismatch between collectives"
+DISAGREEMENT = "mismatch between collectives"
 """What torch says in debug mode of ranks that are in different collectives."""
 
 counts: Counter[str] = Counter()
@@ -125,7 +126,7 @@ def shutdown() -> None:
 
 def failure(what: str, error: BaseException, world: World) -> DistkdError:
     """A failed collective in our words; `what` is what failed, as in "the exchange of gradients"."""
-    if _DISAGREEMENT in str(error):
+    if DISAGREEMENT in str(error):
         apart = DivergedError(
             f"rank {world.rank} of {world.size}: {what} is not what the other ranks are in: {error}; look for code "
             "that differs by rank"

@@ -6,9 +6,10 @@ import torch
 
 from distkd.base import World
 from distkd.engines.ddp import DDPEngine
+from distkd.engines.optimizer import under
 from distkd.engines.protocol import Engine, EngineConfig, Entry, OptimConfig, Update
 
-__all__ = ["DDPEngine", "Engine", "EngineConfig", "Entry", "OptimConfig", "Update", "make_engine"]
+__all__ = ["DDPEngine", "Engine", "EngineConfig", "Entry", "OptimConfig", "Update", "make_engine", "under"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

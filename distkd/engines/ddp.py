@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distkd.base import Batch, Forward, Outputs, World
 from distkd.engines.lost import transport
-from distkd.engines.optimizer import TRAINABLE, load_state, make_optimizer, state_entries
+from distkd.engines.optimizer import TRAINABLE, load_state, make_optimizer, state_entries, under
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.engines.scaler import LossScale
@@ -180,9 +180,8 @@ class DDPEngine:
         Raises:
             CheckpointError: tensors are missing, or belong to another model or optimizer.
         """
-        weights = {name.removeprefix(TRAINABLE): t for name, t in tensors.items() if name.startswith(TRAINABLE)}
         try:
-            self.trainable.load_state_dict(weights)
+            self.trainable.load_state_dict(under(TRAINABLE, tensors))
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint does not fit this model: {error}") from error
         learning = {id(p) for p in self.parameters}

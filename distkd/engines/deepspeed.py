@@ -28,7 +28,15 @@ from distkd.base import Batch, Forward, Outputs, World
 from distkd.engines.deepspeed_setup import import_quietly, join
 from distkd.engines.deepspeed_state import Part, check_shapes, fill_state, optimizer_parts, weight_part, whole
 from distkd.engines.lost import transport
-from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, check_fields, load_state, make_optimizer, state_entries
+from distkd.engines.optimizer import (
+    OPTIMIZER,
+    TRAINABLE,
+    load_state,
+    make_optimizer,
+    saved_state,
+    state_entries,
+    under,
+)
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.errors import ConfigError
@@ -260,7 +268,7 @@ class DeepSpeedEngine:
         Raises:
             CheckpointError: tensors are missing, or belong to another model or optimizer.
         """
-        weights = {name.removeprefix(TRAINABLE): t for name, t in tensors.items() if name.startswith(TRAINABLE)}
+        weights = under(TRAINABLE, tensors)
         check_shapes(self.trainable, weights)
         for name, tensor in self.trainable.state_dict(keep_vars=True).items():
             self._set_weight(tensor, weights[name])
@@ -270,13 +278,7 @@ class DeepSpeedEngine:
             load_state(self.optim, self.optimizer, named, tensors)
             return
         self.engine.optimizer.refresh_fp32_params()
-        saved: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith(OPTIMIZER):
-                name, _, field = key.removeprefix(OPTIMIZER).rpartition("/")
-                saved.setdefault(name, {})[field] = value
-        check_fields(self.optim, {field for values in saved.values() for field in values})
-        fill_state(self.optimizer, self._parts(), saved)
+        fill_state(self.optimizer, self._parts(), saved_state(self.optim, tensors))
 
     def _set_weight(self, tensor: Any, value: Tensor) -> None:
         if hasattr(tensor, "ds_tensor"):

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from distkd.base import Batch, Forward, Outputs, World
 from distkd.comm.world import all_gather_rows, all_reduce_sum
 from distkd.engines.lost import transport
-from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, load_state, make_optimizer, state_entries
+from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, load_state, make_optimizer, state_entries, under
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.errors import CheckpointError
@@ -226,9 +226,7 @@ class FSDPEngine:
         _check_weights(shapes, tensors)
         for name, target in targets.items():
             target.copy_(self._part(name, tensors[f"{TRAINABLE}{name}"]))
-        parts = {
-            key: self._part(_parameter_of(key), tensor) for key, tensor in tensors.items() if key.startswith(OPTIMIZER)
-        }
+        parts = {key: self._part(_parameter_of(key), tensors[key]) for key in tensors if key.startswith(OPTIMIZER)}
         load_state(self.optim, self.optimizer, {self.names[id(p)]: p for p in self.parameters}, parts)
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
@@ -348,7 +346,7 @@ def _parameter_of(key: str) -> str:
 
 
 def _check_weights(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
-    found = {name.removeprefix(TRAINABLE): t.shape for name, t in tensors.items() if name.startswith(TRAINABLE)}
+    found = {name: tensor.shape for name, tensor in under(TRAINABLE, tensors).items()}
     wrong = [f"missing {name}" for name in shapes if name not in found]
     wrong += [f"unexpected {name}" for name in found if name not in shapes]
     wrong += [

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distkd.base import World
-from distkd.comm.world import failure
+from distkd.comm.world import DISAGREEMENT, failure
 
 __all__ = ["transport"]
 
-_TRANSPORTS = ("gloo", "NCCL", "ncclComm", "mismatch between collectives")
+_TRANSPORTS = ("gloo", "NCCL", "ncclComm", DISAGREEMENT)
 
 
 @contextmanager

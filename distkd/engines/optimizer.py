@@ -25,7 +25,9 @@ __all__ = [
     "find_apex",
     "load_state",
     "make_optimizer",
+    "saved_state",
     "state_entries",
+    "under",
 ]
 
 TRAINABLE, OPTIMIZER = "trainable/", "optimizer/"
@@ -164,6 +166,25 @@ def state_entries(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
     return entries
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those under a prefix by the rest of their names; no other one is read."""
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def saved_state(config: OptimConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint has of the optimizer: name of a parameter to field to value.
+
+    Raises:
+        CheckpointError: it is another optimizer's.
+    """
+    fields_of: dict[str, dict[str, Tensor]] = {}
+    for key, value in under(OPTIMIZER, tensors).items():
+        name, _, field = key.rpartition("/")
+        fields_of.setdefault(name, {})[field] = value
+    check_fields(config, {field for fields in fields_of.values() for field in fields})
+    return fields_of
+
+
 def load_state(
     config: OptimConfig,
     optimizer: torch.optim.Optimizer,
@@ -179,12 +200,7 @@ def load_state(
     Raises:
         CheckpointError: the state is another optimizer's or another model's.
     """
-    saved = {key.removeprefix(OPTIMIZER): t for key, t in tensors.items() if key.startswith(OPTIMIZER)}
-    fields_of: dict[str, dict[str, Tensor]] = {}
-    for key, value in saved.items():
-        name, _, field = key.rpartition("/")
-        fields_of.setdefault(name, {})[field] = value
-    check_fields(config, {field for fields in fields_of.values() for field in fields})
+    fields_of = saved_state(config, tensors)
     strange = sorted(fields_of.keys() - parameters.keys())
     if strange:
         raise CheckpointError(f"the checkpoint's optimizer knows {', '.join(map(repr, strange))}, which learn no more")

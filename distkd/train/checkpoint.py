@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distkd.base import World
 from distkd.comm.world import broadcast_object, gather_objects
-from distkd.engines import Engine
+from distkd.engines import Engine, under
 from distkd.errors import CheckpointError, DivergedError
 from distkd.files import digest, read_json
 
@@ -36,9 +36,6 @@ FORMAT = 2
 META = "meta.json"
 STATE, BEST = "state/", "best/"
 """Prefixes of names beside the engine's own."""
-
-_FORMAT_1 = ("trainable", "optimizer", "state", "best")
-"""Files of the first format, whose names became prefixes."""
 
 
 @dataclass(slots=True)
@@ -83,10 +80,6 @@ class Tensors(Mapping[str, Tensor]):
         part._files = {name: file for name, file in self._files.items() if name.startswith(prefixes)}
         part._key = self._key
         return part
-
-    def without(self, prefix: str) -> dict[str, Tensor]:
-        """Those under a prefix, by the rest of their names."""
-        return {name.removeprefix(prefix): tensor for name, tensor in self.under(prefix).items()}
 
 
 def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
@@ -193,10 +186,10 @@ def load(folder: Path, *, engine: Engine, state: nn.Module, world: World) -> Bes
     tensors = Tensors(folder)
     try:
         engine.load(tensors.under("trainable/", "optimizer/", "engine/"))
-        state.load_state_dict(tensors.without(STATE))
+        state.load_state_dict(under(STATE, tensors))
     except (CheckpointError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} does not fit this run: {error}") from error
     point = read_meta(folder)["best"]
     if point is None or not world.is_main:
         return Best() if point is None else Best(point["step"], point["value"])
-    return Best(point["step"], point["value"], tensors.without(BEST))
+    return Best(point["step"], point["value"], under(BEST, tensors))
