@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-__all__ = ["UNLABELLED", "Batch", "Forward", "InputSpec", "Outputs", "StepOutput", "StrictConfig", "World"]
+__all__ = ["UNLABELLED", "Arriving", "Batch", "Forward", "InputSpec", "Outputs", "StepOutput", "StrictConfig", "World"]
 
 UNLABELLED = -1
 """Label of a sample whose class is unknown or hidden: it is distilled, never scored by cross entropy."""
@@ -35,6 +35,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -47,6 +49,7 @@ class World:
             rank=int(os.environ.get("RANK", "0")),
             size=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
 
 
@@ -131,6 +134,14 @@ class Forward(Protocol):
     def __call__(self, batch: Batch) -> Outputs: ...
 
 
+class Arriving(Protocol):
+    """Rows of all ranks that may still be on their way."""
+
+    def wait(self) -> dict[str, Tensor]:
+        """By name, (G, ...), in rank order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """One pass of a method."""
@@ -141,10 +152,9 @@ class StepOutput:
     """Named losses before weighting, detached scalars."""
     gauges: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Other scalars worth a curve, such as `weight/<loss>` and `cosine/<loss>|<loss>`; equal on all ranks."""
-    rows: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Embeddings (B, D) by bank, and `index` (B,), to be gathered and written after the step."""
+    rows: tuple[Arriving, ...] = ()
+    """What memories are written with after the step, for each pass; the global batch is pass by pass, rank by rank."""
     step: int = 0
-    passes: int = 1
 
     @staticmethod
     def merge(outs: Sequence[StepOutput]) -> StepOutput:
@@ -155,7 +165,6 @@ class StepOutput:
             loss=torch.stack([out.loss.detach() for out in outs]).mean(),
             parts={name: torch.stack([out.parts[name] for out in outs]).mean() for name in outs[0].parts},
             gauges={name: torch.stack([out.gauges[name] for out in outs]).mean() for name in outs[0].gauges},
-            rows={name: torch.cat([out.rows[name] for out in outs]) for name in outs[0].rows},
+            rows=tuple(arriving for out in outs for arriving in out.rows),
             step=outs[0].step,
-            passes=len(outs),
         )

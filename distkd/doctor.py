@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distkd.engines.optimizer import find_apex
+from distkd.machine import memory_bytes
 
 __all__ = ["Check", "checks", "run"]
 
@@ -53,7 +54,7 @@ def checks() -> list[Check]:
         check_python(sys.version_info[:3]),
         check_torch(torch.__version__, torch.version.cuda, driver=shutil.which("nvidia-smi") is not None, gpus=gpus),
         *(check_gpu(i, torch.cuda.get_device_properties(i)) for i in range(gpus)),
-        check_memory(_memory_bytes()),
+        check_memory(memory_bytes()),
         check_backends(_backends(), gpus),
         check_threads(cores, environ, max(gpus, 1)),
         check_shared_memory(_free_or_none(Path("/dev/shm")), gpus),
@@ -275,20 +276,6 @@ def check_slurm(environ: Mapping[str, str], *, sbatch: bool, gpus: int) -> Check
     if gpus and per_node.isdigit() and int(per_node) not in (1, gpus):
         return Check("SLURM", "warn", f"{text}: {per_node} tasks a node", f"sbatch --ntasks-per-node={gpus}")
     return Check("SLURM", "ok", text)
-
-
-def _memory_bytes() -> int:
-    """Available memory, or what the control group leaves of it."""
-    available = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        used = int((limit.parent / "memory.current").read_text())
-        available = min(available, int(limit.read_text()) - used)
-    return available
 
 
 def _backends() -> dict[str, bool]:

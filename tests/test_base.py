@@ -42,14 +42,15 @@ def test_a_process_alone_is_the_main_rank():
 
 
 def test_the_layout_is_read_from_the_launcher(monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     world = World.from_environment()
     assert (world.rank, world.size, world.local_rank, world.is_main) == (5, 8, 1, False)
+    assert world.local_size == 4
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert World.from_environment() == World()
 
@@ -90,12 +91,22 @@ def test_moving_casts_values_and_keeps_numbers():
 # what a step returns
 
 
+class Arrived:
+    """Rows of a pass that have come."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        return {"index": torch.tensor([int(self.value)])}
+
+
 def output(value: float, step: int = 4) -> StepOutput:
     return StepOutput(
         loss=torch.tensor(value, requires_grad=True),
         parts={"task": torch.tensor(value)},
         gauges={"weight/a": torch.tensor(2 * value)},
-        rows={"index": torch.tensor([int(value)]), "bank": torch.full((1, 2), value)},
+        rows=(Arrived(value),),
         step=step,
     )
 
@@ -110,9 +121,8 @@ def test_passes_are_averaged_and_their_rows_kept_in_order():
     assert out.loss.item() == out.parts["task"].item() == 4.0
     assert not out.loss.requires_grad
     assert out.gauges["weight/a"].item() == 8.0
-    assert out.rows["index"].tolist() == [1, 3, 8]
-    assert out.rows["bank"].tolist() == [[1.0, 1.0], [3.0, 3.0], [8.0, 8.0]]
-    assert (out.step, out.passes) == (4, 3)
+    assert [arriving.wait()["index"].item() for arriving in out.rows] == [1, 3, 8]
+    assert out.step == 4
 
 
 # sections of a config

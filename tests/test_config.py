@@ -101,7 +101,7 @@ def test_an_unknown_method_is_named_with_what_there_is(tmp_path: Path):
 @pytest.mark.parametrize(
     "text, lines",
     [
-        ("run: {seed: 1}", ["method.name: missing; available: dc_distill", "model: missing", "data: missing"]),
+        ("run: {seed: 1}", ["method.name: missing; available: crd", "model: missing", "data: missing"]),
         ("method: {alpha: 1}", ["method.name: missing", "model: missing", "data: missing"]),
         ("method: {name: no}", ["method.name: input should be a valid string, found False"]),
         ("method: [a]", ["method.name: input should be a valid string, found ['a']"]),
@@ -170,10 +170,12 @@ def test_a_bare_no_is_neither_text_nor_a_number(tmp_path: Path, line: str, path:
 
 
 def test_a_boolean_is_one_where_it_is_meant(tmp_path: Path):
-    path = write(tmp_path, GOOD + "    method: {name: dc_distill, normalise: yes}\n".replace("method", "methud"))
+    path = write(
+        tmp_path, GOOD + "    method: {name: dc_distill, agreement: {normalise: yes}}\n".replace("method", "methud")
+    )
     text = path.read_text().replace("method: {name: logit_kd}\n", "").replace("methud", "method")
     settings = load(write(tmp_path, text))
-    assert settings.method.normalise is True  # pyright: ignore[reportAttributeAccessIssue]
+    assert settings.method.agreement.normalise is True  # pyright: ignore[reportAttributeAccessIssue]
     assert load(write(tmp_path, GOOD), {"model.detach_branches": True}).model.detach_branches is True
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,9 @@ __all__ = [
     "failure",
     "gather_objects",
     "init",
+    "reduce_scatter_rows",
     "shutdown",
+    "start_all_gather_rows",
     "waited_s",
 ]
 
@@ -159,6 +161,10 @@ def _dumped(world: World) -> str:
 
 def _guard(name: str, world: World, call: Callable[[], T]) -> T:
     counts[name] += 1
+    return _meet(name, world, call)
+
+
+def _meet(name: str, world: World, call: Callable[[], T]) -> T:
     start = time.perf_counter()
     try:
         return call()
@@ -190,6 +196,38 @@ def all_gather_rows(tensor: Tensor, world: World) -> Tensor:
     gathered = rows.new_empty(rows.shape[0] * world.size, *rows.shape[1:])
     _guard("all_gather_rows", world, lambda: dist.all_gather_single(gathered, rows))
     return gathered
+
+
+def start_all_gather_rows(tensor: Tensor, world: World) -> Callable[[], Tensor]:
+    """`all_gather_rows` that runs beside what follows; the returned function waits for it and gives the rows.
+
+    Every rank starts it at the same place among its collectives; what is gathered must stay as it is until then.
+    """
+    rows = tensor.detach().contiguous()
+    if world.size == 1:
+        return lambda: rows
+    gathered = rows.new_empty(rows.shape[0] * world.size, *rows.shape[1:])
+
+    def start() -> dist.Work:
+        return cast(dist.Work, dist.all_gather_single(gathered, rows, async_op=True))
+
+    work = _guard("all_gather_rows", world, start)
+
+    def arrived() -> Tensor:
+        _meet("all_gather_rows", world, work.wait)
+        return gathered
+
+    return arrived
+
+
+def reduce_scatter_rows(tensor: Tensor, world: World) -> Tensor:
+    """This rank's rows, (R / size, ...), of the sum over ranks; no gradient."""
+    if world.size == 1:
+        return tensor.detach()
+    rows = tensor.detach().contiguous()
+    own = rows.new_empty(rows.shape[0] // world.size, *rows.shape[1:])
+    _guard("reduce_scatter_rows", world, lambda: dist.reduce_scatter_single(own, rows, dist.ReduceOp.SUM))
+    return own
 
 
 def gather_objects(value: T, world: World) -> list[T]:

@@ -85,7 +85,9 @@ class Entry:
     """The tensor as it stands, perhaps sharing memory with the live one. A collective where weights are spread over
     ranks: every rank calls it, in the order of the entries."""
     steady: bool = False
-    """Whether what `read` gave changes in the engine's `step` alone, so that it can be copied until then."""
+    """Whether what `read` gave changes in the engine's `step` or after it, so that it can be copied until then."""
+    local: bool = False
+    """Whether only this rank has it, under a name of its own, so that nobody else can write it."""
 
 
 @dataclass(frozen=True, slots=True)

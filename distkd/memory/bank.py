@@ -1,54 +1,167 @@
-"""Replicated memory banks: one row per training sample, the same on every rank at every step.
+"""Memory banks: one row per training sample, read while the losses are computed, written once after the step.
 
-Rows are read while the losses are computed and written once after the optimizer step, from one packed all-gather. The
-buffers belong to a method's `state`, never to the wrapped module, so no engine broadcasts them.
+A bank is whole on every rank, the same everywhere at every step, or sharded: row n on rank n mod W. Either way
+it belongs to a method's `state`, never to the wrapped module, so no engine broadcasts it.
 """
 
-# Shapes: B samples of this rank, G of all ranks and passes of a step, D embedding, N rows, M kept columns
+# Shapes: G samples of all ranks and passes of a step, D embedding, N rows of the bank, L rows that are here
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distkd.base import World
-from distkd.comm.packed import all_gather_packed
 from distkd.comm.world import all_reduce_sum
+from distkd.errors import ShapeError
+from distkd.memory.memory import Memory
 from distkd.ops.contrastive import log_normaliser
+from distkd.ops.draws import fold_in, integer_key, mix
+from distkd.ops.rows import check_index
 
-__all__ = ["MemoryBank", "Normaliser", "write_gathered"]
+__all__ = ["MemoryBank", "Normaliser", "initial_rows", "last_of_equals", "row_digests"]
+
+_CHUNK = 1 << 13
+"""Rows at a time, where all of a bank is gone through."""
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class MemoryBank(nn.Module):
-    """One embedding per training sample, addressed by its row."""
+class MemoryBank(Memory):
+    """One embedding per training sample, addressed by its row.
+
+    Args:
+        n_rows: N.
+        dim: D.
+        seed: of the rows before their first update; a row's start does not depend on where it lies.
+        dtype: of the rows; None follows the module, as any buffer does. Sums are never taken in half precision.
+        part, parts: this holds the rows n with n mod parts = part.
+    """
 
     rows_ND: Tensor
+    norm_N: Tensor
+    """Norms of the rows: not 1 before their first update, and rounded where rows are half-precision."""
+    mark: Tensor
+    """int64; equal on two ranks that wrote the same bits into the same rows."""
 
-    def __init__(self, rows: int, dim: int, *, seed: int):
+    def __init__(
+        self, n_rows: int, dim: int, *, seed: int, dtype: torch.dtype | None = None, part: int = 0, parts: int = 1
+    ):
         super().__init__()
-        bound = 1.0 / math.sqrt(dim / 3)  # rows of expected squared norm 1, as in the source; not normalised
-        generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
-        self.register_buffer("rows_ND", torch.empty(rows, dim).uniform_(-bound, bound, generator=generator))
+        self.n_rows, self.part, self.parts = n_rows, part, parts
+        self._dtype = dtype
+        mine = torch.arange(min(part, n_rows), n_rows, parts)
+        rows_LD = torch.empty(len(mine), dim, dtype=dtype)
+        for chunk in _chunks(len(mine)):
+            rows_LD[chunk] = initial_rows(mine[chunk], dim, seed=seed)
+        self.register_buffer("rows_ND", rows_LD)
+        self.register_buffer("norm_N", _norms(rows_LD), persistent=False)
+        self.register_buffer("mark", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def write(self, index_G: Tensor, embedding_GD: Tensor, *, momentum: float) -> None:
         """Blend embeddings into their rows and normalise them: row <- unit(momentum row + (1 - momentum) embedding).
 
-        Every blend starts from the row as it was; of several embeddings for a row the last in order wins.
+        Every blend starts from the row as it was; of several embeddings for a row the last in order wins. An embedding
+        of zeros leaves the direction of its row as it is. No host sync.
 
         Args:
-            index_G: int64 rows, 0 <= index < N.
+            index_G: int64 rows, 0 <= index < N, of all ranks; rows that lie elsewhere are passed over.
             embedding_GD: unit embeddings.
             momentum: share of the old row, 0 <= momentum < 1.
+
+        Raises:
+            ShapeError: another width than the bank's, or an index without a row.
         """
-        embedding_GD = embedding_GD.to(self.rows_ND.dtype)[last_of_equals(index_G)]
-        blend_GD = momentum * self.rows_ND[index_G] + (1 - momentum) * embedding_GD
+        if embedding_GD.shape[1:] != self.rows_ND.shape[1:]:
+            raise ShapeError(f"embeddings have width {embedding_GD.shape[1]}, the bank has {self.rows_ND.shape[1]}")
+        check_index(index_G, self.n_rows, "the write of a memory bank")
+        if not len(self.rows_ND):
+            return
+        place_G = index_G.div(self.parts, rounding_mode="floor")
+        wide = torch.promote_types(self.rows_ND.dtype, torch.float32)
+        embedding_GD = embedding_GD.to(wide)[last_of_equals(index_G)]
+        mine_G = (index_G - place_G * self.parts) == self.part
+        place_G = torch.where(mine_G, place_G, 0)
+        blend_GD = momentum * self.rows_ND[place_G].to(wide) + (1 - momentum) * embedding_GD
+        row_GD = (blend_GD / blend_GD.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(self.rows_ND.dtype)
+        self.mark += torch.where(mine_G, _digests(index_G, row_GD), 0).sum()
+        if self.parts > 1:
+            place_G, row_GD = self._instead(mine_G, place_G, row_GD)
         # equal indices write equal values, so the order of the scatter does not matter
-        self.rows_ND[index_G] = blend_GD / blend_GD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.rows_ND[place_G] = row_GD
+        self.norm_N[place_G] = row_GD.to(wide).norm(dim=1).to(self.norm_N.dtype)
+
+    def _instead(self, mine_G: Tensor, place_G: Tensor, row_GD: Tensor) -> tuple[Tensor, Tensor]:
+        """Whoever lies elsewhere writes what a sample of this rank writes, or what is there already, once more."""
+        first = mine_G.to(torch.uint8).argmax()
+        any_mine = mine_G.any()
+        place = torch.where(any_mine, place_G[first], 0)
+        row_D = torch.where(any_mine, row_GD[first], self.rows_ND[0])
+        return torch.where(mine_G, place_G, place), torch.where(mine_G[:, None], row_GD, row_D)
+
+    def refresh(self) -> None:
+        """Follow rows that were changed from outside."""
+        self.norm_N.copy_(_norms(self.rows_ND))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
+        if self._dtype is None:
+            return super()._apply(fn, recurse)
+        # a module is cast as a whole; rows of a chosen type are only moved
+        rows_ND = self.rows_ND
+        self.rows_ND = rows_ND.new_empty(0)
+        super()._apply(fn, recurse)
+        self.rows_ND = rows_ND.to(self.rows_ND.device)
+        return self
+
+
+def initial_rows(row_L: Tensor, dim: int, *, seed: int) -> Tensor:
+    """Rows before their first update: uniform with expected squared norm 1, not normalised.
+
+    Args:
+        row_L: int64 numbers of the rows.
+        dim: D.
+        seed: of the bank.
+
+    Returns:
+        float32 (L, D), a function of (seed, row) only, in steps of 2^-15 of the bound sqrt(3 / D).
+
+    Source: card `crd`, section 2.
+    """
+    word = torch.arange(-(-dim // 4), device=row_L.device)
+    key_L = fold_in(torch.full((), integer_key(seed), device=row_L.device), row_L)
+    draws_LD = fold_in(key_L[:, None], word).view(torch.int16)[:, :dim]
+    return draws_LD.float().add_(0.5).mul_(math.sqrt(3 / dim) / 2**15)
+
+
+def row_digests(bank: MemoryBank, chunk: slice) -> Tensor:
+    """int64 of every row in a part of a bank that is whole: equal where the rows are equal bit by bit."""
+    rows_LD = bank.rows_ND[chunk]
+    return _digests(torch.arange(chunk.start, chunk.start + len(rows_LD), device=rows_LD.device), rows_LD)
+
+
+def _digests(index_L: Tensor, rows_LD: Tensor) -> Tensor:
+    bits_LD = rows_LD.view(_BITS[rows_LD.element_size()]).to(torch.int64)
+    column_D = mix(torch.arange(rows_LD.shape[1], device=rows_LD.device)) | 1
+    return fold_in((bits_LD * column_D).sum(dim=1), index_L)
+
+
+def _norms(rows_LD: Tensor) -> Tensor:
+    norm_L = rows_LD.new_empty(len(rows_LD), dtype=torch.promote_types(rows_LD.dtype, torch.float32))
+    for chunk in _chunks(len(rows_LD)):
+        norm_L[chunk] = rows_LD[chunk].to(norm_L.dtype).norm(dim=1)
+    return norm_L
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    return (slice(first, min(first + _CHUNK, n)) for first in range(0, n, _CHUNK))
 
 
 def last_of_equals(index_G: Tensor) -> Tensor:
@@ -71,7 +184,8 @@ class Normaliser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("log_z", torch.full((), math.nan, dtype=torch.float64))
-        self._known = False  # host twin of `log_z`, so that no step asks the device
+        self.known = False
+        """Host twin of `log_z`, so that no step asks the device."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -79,43 +193,16 @@ class Normaliser(nn.Module):
 
     def look(self) -> None:
         """Notice that `log_z` was changed from outside; a host sync."""
-        self._known = not math.isnan(self.log_z.item())
+        self.known = not math.isnan(self.log_z.item())
 
     @torch.no_grad()
-    def __call__(self, score_BM: Tensor, rows: int, world: World) -> Tensor:
-        """log Z for these scores, scalar in their dtype.
+    def measure(self, score_BM: Tensor, n_rows: int, world: World) -> None:
+        """Fix Z by these scores; those that are infinite do not count.
 
-        Collectives: one all-reduce of two numbers at the first call, none later.
+        Collectives: one all-reduce of two numbers.
         """
-        if not self._known:
-            total = torch.stack([score_BM.double().exp().sum(), score_BM.new_tensor(score_BM.numel()).double()])
-            total = all_reduce_sum(total, world)
-            self.log_z.copy_(log_normaliser(total[0].log(), total[1], rows))
-            self._known = True
-        return self.log_z.to(score_BM.dtype)
-
-
-def write_gathered(
-    banks: Mapping[str, MemoryBank], rows: Mapping[str, Tensor], *, momentum: float, passes: int, world: World
-) -> None:
-    """Write the step's embeddings of all ranks into all banks, in the order of the global batch.
-
-    Args:
-        banks: name to bank.
-        rows: bank name to (passes x B, D) embeddings of this rank, and `index` int64 (passes x B,).
-        momentum: share of the old row.
-        passes: forward passes in the step; pass is the slow index of the global batch, rank the fast one.
-        world: the ranks.
-
-    Collectives: one all-gather of index and embeddings together.
-    """
-    gathered = {name: _global_order(tensor, passes, world) for name, tensor in all_gather_packed(rows, world).items()}
-    for name, bank in banks.items():
-        bank.write(gathered["index"], gathered[name], momentum=momentum)
-
-
-def _global_order(rank_major: Tensor, passes: int, world: World) -> Tensor:
-    if passes == 1:
-        return rank_major
-    blocks = rank_major.view(world.size, passes, -1, *rank_major.shape[1:])
-    return blocks.transpose(0, 1).reshape(rank_major.shape)
+        counts_BM = torch.isfinite(score_BM)
+        exponential_BM = torch.where(counts_BM, score_BM.double(), -math.inf).exp()
+        total = all_reduce_sum(torch.stack([exponential_BM.sum(), counts_BM.sum().double()]), world)
+        self.log_z.copy_(log_normaliser(total[0].log(), total[1], n_rows))
+        self.known = True

@@ -44,6 +44,8 @@ class Setup:
     world: World
     teacher: Classifier | None = None
     dtype: torch.dtype = torch.float32
+    memory_bytes: int = 2**62
+    """Memory of the device, or this rank's share of the host's where it computes there; unlimited if not told."""
 
     @property
     def labelled_share(self) -> float:

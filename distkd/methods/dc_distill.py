@@ -9,32 +9,34 @@ features on the candidates they disagree on. Source: card `dc-distill-gk-refine`
 from __future__ import annotations
 
 import logging
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from distkd.base import Batch, Forward, Outputs, StepOutput, World
+from distkd.base import Arriving, Batch, Forward, Outputs, StepOutput, World
 from distkd.comm.agreement import agree, leaf_of
 from distkd.errors import ConfigError
-from distkd.memory.bank import write_gathered
-from distkd.memory.contrast import DiscrepancyContrast
+from distkd.memory.candidates import Candidates
+from distkd.memory.contrast import choose
+from distkd.methods._agreement import AgreementConfig, GKRefine, make_rule
+from distkd.methods._banks import BankConfig, Banks
 from distkd.methods._plain import PlainMethod
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.models.build import Classifier
 from distkd.models.ema import MeanTeacher
 from distkd.models.heads import Projector
-from distkd.ops.agreement import row_sum_weights
-from distkd.ops.draws import integer_key, text_key
+from distkd.ops.draws import fold_in, integer_key, text_key
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
-from distkd.ops.selection import Mode, candidate_rows, kept_ranks
+from distkd.ops.selection import Mode, kept_ranks
 
 __all__ = ["Config", "DCDistill", "build"]
 
 log = logging.getLogger(__name__)
 
 SIDES = ("teacher", "mean_teacher")
+LOSSES = ("kl_teacher", "kl_mean_teacher", "contrast_teacher", "contrast_mean_teacher")
 
 
 class Config(MethodConfig):
@@ -50,16 +52,14 @@ class Config(MethodConfig):
     """Weight of each contrast of features."""
     temperature: PositiveFloat = 1.0
     """Divisor of the logits, unitless."""
-    weights: Literal["agreement", "none"] = "agreement"
-    """`agreement` weighs each distillation loss by its gradient's cosines (GK-Refine); `none` sums them as they are."""
-    clamp_min: float | None = None
-    """Lower bound of an agreement weight; unset as published, where a conflicting loss is pushed up."""
-    normalise: bool = False
-    """Divide the agreement weights by their mean absolute value."""
+    agreement: AgreementConfig = GKRefine()
+    """What is done where the gradients of the losses disagree: GK-Refine, or another rule."""
     contrast_temperature: PositiveFloat = 0.07
     """Divisor of the cosines, unitless."""
     bank_momentum: float = Field(default=0.5, ge=0, lt=1)
     """Share of the old row when a bank row is updated."""
+    bank: BankConfig = BankConfig()
+    """Where the rows of the banks lie, and in which precision."""
     embedding_dim: PositiveInt = 128
     """Width of the projected embeddings and of the banks."""
     positives: PositiveInt = 300
@@ -74,10 +74,25 @@ class Config(MethodConfig):
     """Which places in the order of discrepancy the kept positives have."""
     direction: Literal["paper", "released"] = "paper"
     """Sign of the discrepancy; the released code has it the other way round than the paper's figure."""
+    reweight_negatives: bool = False
+    """Multiply a negative's exponentiated score by 1 - discrepancy, an option of DSCD; off as published."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Upper bound of the mean teacher's memory; it starts at 0 and grows as 1 - 1 / (step + 1)."""
     teacher_mode: Literal["eval", "train"] = "eval"
     """`train` leaves dropout and batch statistics of the frozen teacher on, as the released code does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rule(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The published rule where none is named; and the names that version 0.1 had for its options."""
+        values = dict(values)
+        older = {key: values.pop(key) for key in ("weights", "clamp_min", "normalise") if key in values}
+        given = values.get("agreement", {})
+        if isinstance(given, dict):
+            none = older.pop("weights", "agreement") == "none"
+            rule = {"rule": "none"} if none else {"rule": "gk_refine", **older}
+            values["agreement"] = {**rule, **given} if given.get("rule", rule["rule"]) == rule["rule"] else given
+        return values
 
 
 class DistilledStudent(nn.Module):
@@ -118,14 +133,15 @@ class DCDistill(PlainMethod):
         if config.teacher_mode == "train":
             setup.teacher.train()
         self.mean_teacher = MeanTeacher(setup.build_student("mean_teacher"), decay=config.ema_decay)
-        rows = len(setup.train_label_N)
-        self.contrast = {
-            side: DiscrepancyContrast(rows, config.embedding_dim, seed=integer_key(setup.seed, text_key(side)))
-            for side in SIDES
-        }
-        self.state = nn.ModuleDict({"mean_teacher": self.mean_teacher, "contrast": nn.ModuleDict(self.contrast)})
-        self.state.register_buffer("train_label_N", setup.train_label_N.clone(), persistent=False)
+        self.contrast = Banks(config.bank, SIDES, config.embedding_dim, setup, momentum=config.bank_momentum)
         self.n_positive, self.n_kept = _candidate_counts(config, setup.train_label_N, setup.n_classes)
+        self.candidates = Candidates(setup.train_label_N, n_positive=self.n_positive, n_negative=config.negatives)
+        self.rule = make_rule(config.agreement, LOSSES)
+        self.state = nn.ModuleDict(
+            {"mean_teacher": self.mean_teacher, "contrast": self.contrast, "candidates": self.candidates}
+        )
+        if self.rule is not None:
+            self.state["agreement"] = self.rule
         if config.keep_negative is not None and config.keep_negative > config.negatives:
             raise ConfigError(
                 f"method.keep_negative={config.keep_negative} is more than method.negatives={config.negatives}"
@@ -136,7 +152,7 @@ class DCDistill(PlainMethod):
         with torch.no_grad():
             teacher = self.frozen["teacher"](batch)
             mean_teacher = self.mean_teacher(batch.view(1))
-        if self.config.weights == "none":
+        if self.rule is None:
             task, distillation, rows = self.losses(student.feature_BD, teacher, mean_teacher, batch, world)
             loss, gauges = task + torch.stack(list(distillation.values())).sum(), {}
         else:
@@ -148,16 +164,16 @@ class DCDistill(PlainMethod):
                 feature_BD=student.feature_BD,
                 leaf_BD=leaf_BD,
                 heads=self.model.heads(),
-                weigh=self._weigh,
+                weigh=self.rule,
                 world=world,
             )
             loss, gauges = agreement.loss, agreement.gauges()
         parts = {"task": task.detach(), **{name: part.detach() for name, part in distillation.items()}}
-        return StepOutput(loss, parts, gauges, rows, step=batch.step)
+        return StepOutput(loss, parts, gauges, (rows,), step=batch.step)
 
     def losses(
         self, feature_BD: Tensor, teacher: Outputs, mean_teacher: Outputs, batch: Batch, world: World
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], Arriving]:
         """The task loss, the four distillation losses with alpha and beta in them, and the rows for the banks."""
         c = self.config
         logits_BC = self.student.classifier(feature_BD)
@@ -171,45 +187,43 @@ class DCDistill(PlainMethod):
         }
         return task, distillation, rows
 
-    def _weigh(self, cosines: Tensor) -> Tensor:
-        return row_sum_weights(cosines, clamp_min=self.config.clamp_min, normalise=self.config.normalise)
-
     def _contrasts(
         self, feature_BD: Tensor, others: dict[str, Outputs], batch: Batch, world: World
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], Arriving]:
         """Loss against each teacher, and the embeddings that go into the banks after the step."""
         c = self.config
-        row_label_N = self.state.get_buffer("train_label_N")
-        label_B = row_label_N[batch.index_B]
-        candidate_BJ = candidate_rows(
-            batch.key_B, batch.index_B, label_B, row_label_N, n_positive=self.n_positive, n_negative=c.negatives
-        )
-        losses: dict[str, Tensor] = {}
+        own_BD = {side: self.model.own[side](feature_BD) for side in SIDES}
+        other_BD = {side: self.model.other[side](others[side].feature_BD.detach()) for side in SIDES}
         rows = {"index": batch.index_B}
         for side in SIDES:
-            own_BD = self.model.own[side](feature_BD)
-            other_BD = self.model.other[side](others[side].feature_BD.detach())
+            rows[f"{side}.student"], rows[f"{side}.teacher"] = own_BD[side], other_BD[side]
+        arriving, anchors = self.contrast.placement.meet(rows, fold_in(batch.key_B, batch.step), world)
+        candidate_AJ = self.candidates(anchors["key"], anchors["index"])
+        losses: dict[str, Tensor] = {}
+        for side in SIDES:
             key = torch.full((), integer_key(batch.seed, batch.step, text_key(side)), device=feature_BD.device)
             ranks_R = kept_ranks(c.select, key, n_positive=self.n_positive, keep=self.n_kept, progress=batch.progress)
-            losses[side] = self.contrast[side](
-                own_BD,
-                other_BD,
-                candidate_BJ,
+            pair = self.contrast.pair(side)
+            both = (anchors[f"{side}.student"], anchors[f"{side}.teacher"])
+            choice = choose(
+                pair,
+                both,
+                candidate_AJ,
                 ranks_R,
                 n_positive=self.n_positive,
                 keep_negative=c.keep_negative,
-                temperature=c.contrast_temperature,
                 direction=c.direction,
-                world=world,
+                reweight=c.reweight_negatives,
             )
-            rows[f"{side}.student"], rows[f"{side}.teacher"] = own_BD.detach(), other_BD.detach()
-        return losses, rows
+            losses[side] = pair(
+                own_BD[side], other_BD[side], both, choice, temperature=c.contrast_temperature, world=world
+            )
+        return losses, arriving
 
     def after_step(self, out: StepOutput, world: World) -> None:
-        banks = {
-            f"{side}.{name}": getattr(self.contrast[side], name) for side in SIDES for name in ("student", "teacher")
-        }
-        write_gathered(banks, out.rows, momentum=self.config.bank_momentum, passes=out.passes, world=world)
+        self.contrast.after_step(out, world)
+        if self.rule is not None:
+            self.rule.after_step(out.gauges)
         self.mean_teacher.update(self.student, out.step)
 
 

@@ -1,87 +1,143 @@
-"""Contrast of anchors with rows of a memory bank, in log space, with positives and negatives by column."""
+"""Noise contrast of anchors with rows of a memory bank: value and gradient in one pass, in log space.
+
+Bank rows are constants, so the gradient at an anchor is a sum of its rows whose weights are known as soon as the scores
+are. Loss and gradient are therefore found together and `ops.injected.inject` hands the gradient over: no graph through
+the rows, and they may be written before the backward has run.
+"""
 
 # torch leaves the types of some of its results out
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-# Shapes: B anchors of this rank, D embedding, N bank rows, J candidate columns, P positive and M kept columns
+# Shapes: B anchors of this rank, D embedding, N bank rows, M columns, positives first
 
 from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distkd.errors import ShapeError
+from distkd.ops.rows import scan, weighted_sum
 
-__all__ = ["EPSILON", "bank_cosines", "bank_products", "log_normaliser", "noise_contrastive"]
+__all__ = ["EPSILON", "Noise", "contrast", "log_normaliser", "noise_contrast"]
 
 EPSILON = 1e-7
 """Added to the denominators by every released version of the loss."""
 
-_DENSE_WASTE = 16
-# A dense product of all rows reads the bank once and in order; a gather reads J scattered rows for each anchor. Dense
-# wins while it computes at most this many times more products than are asked for (measured on a CPU with backward, at
-# B 16 to 120, D 64 and 128, J 316 and 1000: 4 to 14 times faster at ratio 2, even between 16 and 32).
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What an anchor's scores are measured against, and how its columns count."""
+
+    log_z: Tensor
+    """Log of the frozen normaliser, scalar constant."""
+    n_positive: int
+    """Positives of an anchor, over which the mean is taken."""
+    n_negative: int
+    """Negatives of an anchor, whose terms are summed; the noise density is their number over N."""
+    n_rows: int
+    """N of the whole bank."""
+
+    @property
+    def bias(self) -> float:
+        """log(c + eps), the noise density on the scale of a score."""
+        return math.log(self.n_negative / self.n_rows + EPSILON)
+
+    @property
+    def constant(self) -> float:
+        """What epsilon adds to the loss of an anchor, whatever its scores."""
+        return self.n_negative * math.log1p(EPSILON * self.n_rows / self.n_negative) if self.n_negative else 0.0
 
 
-def bank_products(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
-    """Inner products of each anchor with its own candidate rows.
-
-    Args:
-        anchor_BD: embeddings; the gradient flows here only.
-        bank_ND: rows, constants.
-        index_BJ: int64 rows of each anchor, 0 <= index < N.
-
-    Returns:
-        (B, J) in the dtype of the anchors. Local: no collective inside.
-
-    Raises:
-        ShapeError: D of anchor and bank differ.
-    """
-    if anchor_BD.shape[1] != bank_ND.shape[1]:
-        raise ShapeError(f"anchors have width {anchor_BD.shape[1]}, the bank has width {bank_ND.shape[1]}")
-    if bank_ND.shape[0] <= _DENSE_WASTE * index_BJ.shape[1]:
-        return (anchor_BD @ bank_ND.T).gather(1, index_BJ)
-    return torch.einsum("bd,bjd->bj", anchor_BD, bank_ND[index_BJ])
+def _score(product_BM: Tensor, temperature: float, offset_BM: Tensor | None) -> Tensor:
+    score_BM = product_BM / temperature
+    return score_BM if offset_BM is None else score_BM.add_(offset_BM)
 
 
-def bank_cosines(product_BJ: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
-    """Cosines from products of unit anchors: rows are not unit before their first update. No gradient is meant."""
-    norm_N = bank_ND.norm(dim=1).clamp_min(1e-12)
-    return product_BJ / norm_N[index_BJ]
+def _has_kernel(anchor_BD: Tensor) -> bool:
+    # float64 is for laws and golden numbers, and the kernel takes its constants in float32
+    return anchor_BD.is_cuda and anchor_BD.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
 
 
-def log_normaliser(log_total: Tensor, count: Tensor, rows: int) -> Tensor:
+def log_normaliser(log_total: Tensor, count: Tensor, n_rows: int) -> Tensor:
     """log Z of noise contrast: log of (mean of the exponentiated scores x bank rows).
 
     Args:
         log_total: log of the sum of exp(score) over all ranks, scalar.
         count: how many scores were summed over all ranks, scalar.
-        rows: N of the bank.
+        n_rows: N of the bank.
     """
-    return log_total - torch.log(count) + torch.log(torch.full_like(log_total, rows))
+    return log_total - torch.log(count) + math.log(n_rows)
 
 
-def noise_contrastive(score_BM: Tensor, n_positive: int, log_z: Tensor, rows: int) -> Tensor:
-    """Noise-contrastive loss of one direction, mean over positives, sum over negatives, mean over anchors.
+def noise_contrast(score_BM: Tensor, n_columns: int, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Loss of every anchor and its derivative by every score, without the constant of epsilon.
 
     Args:
-        score_BM: cosine / temperature of the kept columns, positives first; the gradient flows here only.
-        n_positive: P, 1 <= P < M.
-        log_z: log of the frozen normaliser, natural units, scalar constant.
-        rows: N of the bank; the noise density is (M - P) / N.
+        score_BM: cosine / temperature, unitless. A column that does not count has +inf as a positive and -inf as a
+            negative: loss and derivative are 0 there.
+        n_columns: how many of the columns, the first ones, are positives.
+        noise: normaliser and counts.
 
     Returns:
-        Scalar >= 0. Local: no collective inside. In log space: exact where exp(score) would overflow.
+        (B,) >= 0, the mean over positives plus the sum over negatives, and (B, M). In the type of the scores, exact
+        where exp(score) would overflow. No gradient, no collective.
 
-    Source: card `dc-distill-gk-refine`, section 4.4 (multi-positive form of CRD, Tian et al., ICLR 2020).
+    Source: card `crd`, sections 2 and 4; card `dc-distill-gk-refine`, section 4.4 (several positives).
     """
-    # o / (o + c + eps) = 1 / (1 + (c + eps) / o), hence one softplus of a difference of logarithms each way
-    noise = (score_BM.shape[1] - n_positive) / rows
-    log_noise = torch.log(torch.full_like(log_z, noise + EPSILON))
-    margin_BM = score_BM - log_z - log_noise
-    positive_BP, negative_BK = margin_BM[:, :n_positive], margin_BM[:, n_positive:]
-    shrink = torch.log(torch.full_like(log_z, noise / (noise + EPSILON)))
-    positive = F.softplus(-positive_BP, threshold=50).mean(dim=1)
-    negative = (F.softplus(negative_BK, threshold=50) - shrink).sum(dim=1)
-    return (positive + negative).mean()
+    # o / (o + c + eps) is a sigmoid of the margin, hence one softplus for each column
+    margin_BM = score_BM - (noise.log_z.to(score_BM.dtype) + noise.bias)
+    positive_BP, negative_BK = margin_BM[:, :n_columns], margin_BM[:, n_columns:]
+    loss_B = F.softplus(-positive_BP, threshold=50).sum(dim=1) / noise.n_positive
+    loss_B = loss_B + F.softplus(negative_BK, threshold=50).sum(dim=1)
+    slope_BM = torch.sigmoid(margin_BM)
+    slope_BM[:, :n_columns] = torch.sigmoid(-positive_BP) / -noise.n_positive  # 1 - sigmoid would lose small ones
+    return loss_B, slope_BM
+
+
+def contrast(
+    anchor_BD: Tensor,
+    rows_ND: Tensor,
+    index_BM: Tensor,
+    n_columns: int,
+    noise: Noise,
+    *,
+    temperature: float,
+    product_BM: Tensor | None = None,
+    offset_BM: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss of every anchor and its gradient at the anchor, in one pass over the rows.
+
+    Args:
+        anchor_BD: unit embeddings, float32 or float64.
+        rows_ND: the bank, of any floating-point type; sums are taken in the type of the anchors.
+        index_BM: int64 rows of each anchor, positives first, 0 <= index < N.
+        n_columns: how many of the columns are positives.
+        noise: normaliser and counts.
+        temperature: divisor of the cosines, unitless, > 0.
+        product_BM: inner products of anchors and rows, where they are known already.
+        offset_BM: added to the scores: log of a weight, or the infinity of a column that does not count.
+
+    Returns:
+        (B,) and (B, D), as `noise_contrast` of the scores has them. Nothing of size B x M x D outlives a tile. On CUDA
+        one Triton kernel where Triton is installed. No gradient, no collective.
+    """
+    if product_BM is not None:
+        loss_B, slope_BM = noise_contrast(_score(product_BM, temperature, offset_BM), n_columns, noise)
+        return loss_B, weighted_sum(slope_BM.div_(temperature), rows_ND, index_BM)
+    if _has_kernel(anchor_BD):
+        from distkd.ops.contrastive_triton import contrast_kernel
+
+        return contrast_kernel(anchor_BD, rows_ND, index_BM, n_columns, noise, temperature, offset_BM)
+    loss_B = anchor_BD.new_empty(len(anchor_BD))
+
+    def weigh(product_tM: Tensor, part: slice) -> Tensor:
+        offset_tM = None if offset_BM is None else offset_BM[part]
+        loss_B[part], slope_tM = noise_contrast(_score(product_tM, temperature, offset_tM), n_columns, noise)
+        return slope_tM.div_(temperature)
+
+    gradient_BD = scan(anchor_BD, rows_ND, index_BM, weigh)
+    return loss_B, gradient_BD

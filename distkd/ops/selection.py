@@ -1,9 +1,6 @@
-"""Which rows an anchor is compared with: drawn by class, then selected by teacher-student discrepancy.
+"""Which of its candidates an anchor is compared with: selected by teacher-student discrepancy."""
 
-Every draw is a function of a key, so any rank can make any other's draw.
-"""
-
-# Shapes: B anchors of this rank, N rows of the training set, J = P positive + K negative candidates, C classes
+# Shapes: B anchors, J candidates of each, the P positives first
 
 from __future__ import annotations
 
@@ -13,62 +10,11 @@ import torch
 from torch import Tensor
 
 from distkd.errors import ConfigError
-from distkd.ops.draws import uniform, words
+from distkd.ops.draws import uniform
 
-__all__ = ["Mode", "candidate_rows", "kept_ranks", "select_by_discrepancy"]
+__all__ = ["Mode", "kept_ranks", "select_by_discrepancy"]
 
 Mode = Literal["hard", "mid", "random", "curriculum"]
-
-_LAST = 2**31 - 1
-"""Behind every draw: rows that are not in the pool."""
-
-
-def candidate_rows(
-    key_B: Tensor, index_B: Tensor, label_B: Tensor, row_label_N: Tensor, *, n_positive: int, n_negative: int
-) -> Tensor:
-    """Rows of the anchor's class, the anchor itself first, and rows of the other classes.
-
-    Positives are drawn without replacement; column 0 is then overwritten by the anchor, which so can occur twice.
-    Negatives are drawn without replacement where enough rows of other classes exist, else with. An anchor without a
-    label knows one positive, itself, in all P columns, and takes its negatives from every other row.
-
-    Args:
-        key_B: int64, one key per anchor: the draw's only source of randomness.
-        index_B: int64 row of the anchor.
-        label_B: int64 class of the anchor, negative where there is none.
-        row_label_N: int64 class of every row, negative where there is none.
-        n_positive: P, at most the size of the smallest class.
-        n_negative: K.
-
-    Returns:
-        int64 (B, P + K), positives first. No gradient, no collective. Cost and memory O(B x N).
-
-    Source: card `dc-distill-gk-refine`, section 4.1.
-    """
-    n_rows = row_label_N.shape[0]
-    draw_BN = words(key_B, n_rows)
-    known_B1 = label_B[:, None] >= 0
-    same_BN = (row_label_N == label_B[:, None]) & known_B1
-    # another class: known and different for a labelled anchor, anybody else for one without a label
-    other_BN = torch.where(known_B1, (row_label_N >= 0) & ~same_BN, _not_self(index_B, n_rows))
-    positive_BP = draw_BN.masked_fill(~same_BN, _LAST).topk(n_positive, dim=1, largest=False).indices
-    positive_BP = torch.where(known_B1, positive_BP, index_B[:, None])
-    positive_BP[:, 0] = index_B
-    return torch.cat([positive_BP, _negatives(key_B, draw_BN, other_BN, n_negative)], dim=1)
-
-
-def _not_self(index_B: Tensor, n_rows: int) -> Tensor:
-    return torch.arange(n_rows, device=index_B.device) != index_B[:, None]
-
-
-def _negatives(key_B: Tensor, draw_BN: Tensor, pool_BN: Tensor, n: int) -> Tensor:
-    # the pool comes first in order; where it is smaller than n its places are drawn again, with replacement
-    order_BN = draw_BN.masked_fill(~pool_BN, _LAST).topk(min(n, draw_BN.shape[1]), dim=1, largest=False).indices
-    pool_B1 = pool_BN.sum(dim=1, keepdim=True)
-    rank_BK = torch.arange(n, device=key_B.device).expand(len(key_B), n)
-    again_BK = (uniform(key_B ^ 1, n, dtype=torch.float64) * pool_B1).long()
-    rank_BK = torch.where(pool_B1 >= n, rank_BK, again_BK)
-    return order_BN.gather(1, rank_BK)
 
 
 def kept_ranks(mode: Mode, key: Tensor, *, n_positive: int, keep: int, progress: float = 0.0) -> Tensor:

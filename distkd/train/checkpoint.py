@@ -26,11 +26,24 @@ from torch import Tensor, nn
 
 from distkd.base import World
 from distkd.comm.world import broadcast_object, gather_objects
-from distkd.engines import Engine, under
+from distkd.engines import Engine, Entry, under
 from distkd.errors import CheckpointError, DivergedError
 from distkd.files import digest, read_json
+from distkd.train.rows import bank_rows, fill_rows, is_part, rows_entry
 
-__all__ = ["BEST", "FORMAT", "META", "STATE", "Best", "Tensors", "check_equal", "complete", "find_latest", "load"]
+__all__ = [
+    "BEST",
+    "FORMAT",
+    "META",
+    "STATE",
+    "Best",
+    "Tensors",
+    "check_equal",
+    "complete",
+    "find_latest",
+    "load",
+    "state_entries",
+]
 
 FORMAT = 2
 META = "meta.json"
@@ -68,6 +81,10 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(self._key[name])
 
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Some rows of a tensor, without reading the others."""
+        return self._files[name].get_slice(self._key[name])[part]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -95,7 +112,7 @@ def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
     if world.size == 1:
         return
     sha = hashlib.sha256()
-    tensors = [tensor.detach() for module in modules for tensor in module.state_dict().values()]
+    tensors = [tensor.detach() for module in modules for tensor in _replicated(module)]
     if tensors:
         marks = [mark for tensor in tensors for mark in _marks(tensor)]
         sha.update(torch.stack([mark.to(tensors[0].device) for mark in marks]).cpu().numpy().tobytes())
@@ -108,10 +125,34 @@ def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
         )
 
 
+def _replicated(module: nn.Module) -> list[Tensor]:
+    apart = {name for name, bank in bank_rows(module).items() if bank.parts > 1}
+    return [tensor for name, tensor in module.state_dict().items() if name not in apart]
+
+
 def _marks(tensor: Tensor) -> tuple[Tensor, Tensor]:
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.float64)
-    return torch.linalg.vector_norm(tensor).double(), tensor.sum().double()
+    # summed in float64: in float32 a changed last digit of one row is lost among many
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64), tensor.sum(dtype=torch.float64)
+
+
+def state_entries(state: nn.Module) -> list[Entry]:
+    """Everything that a method remembers; of banks that are sharded this rank's rows."""
+    banks = bank_rows(state)
+    return [
+        rows_entry(f"{STATE}{name}", banks[name]) if name in banks else Entry(f"{STATE}{name}", t.nbytes, lambda t=t: t)
+        for name, t in state.state_dict().items()
+    ]
+
+
+def _load_state(state: nn.Module, tensors: Tensors) -> None:
+    banks = bank_rows(state)
+    for name, bank in banks.items():
+        fill_rows(bank, f"{STATE}{name}", list(tensors), tensors.rows)
+    others = [name for name in tensors if not is_part(name) and name.removeprefix(STATE) not in banks]
+    found = under(STATE, {name: tensors[name] for name in others if name.startswith(STATE)})
+    state.load_state_dict(found | {name: bank.rows_ND for name, bank in banks.items()})
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -186,7 +227,7 @@ def load(folder: Path, *, engine: Engine, state: nn.Module, world: World) -> Bes
     tensors = Tensors(folder)
     try:
         engine.load(tensors.under("trainable/", "optimizer/", "engine/"))
-        state.load_state_dict(under(STATE, tensors))
+        _load_state(state, tensors)
     except (CheckpointError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} does not fit this run: {error}") from error
     point = read_meta(folder)["best"]

@@ -29,7 +29,7 @@ FREE = {
     "run.root", "run.name", "run.log_every", "run.keep_last", "run.keep_best", "run.checkpoint_every", "run.save",
     "batch.micro_batch", "data.threads", "data.shards", "teacher.export",
     "engine.name", "engine.zero_stage", "engine.compile", "engine.device", "engine.timeout_s", "engine.debug",
-    "optim.fused",
+    "optim.fused", "method.bank.placement", "method.bank.memory_share", "method.bank.check_every",
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest. Another
 engine or another kernel adds in another order, as another number of ranks does."""

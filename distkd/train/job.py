@@ -20,6 +20,7 @@ from distkd.data.transform import ImageInput, Preprocess
 from distkd.data.wds import ShardSet
 from distkd.engines import Engine, make_engine
 from distkd.errors import ConfigError, DistkdError
+from distkd.machine import memory_bytes
 from distkd.methods import Method, Setup, build
 from distkd.models.build import Classifier
 from distkd.models.norm import set_world
@@ -210,6 +211,7 @@ def assemble(settings: Settings, world: World) -> Job:
         world=world,
         teacher=None if teacher is None else _teacher_model(teacher),
         dtype=dtype,
+        memory_bytes=_memory_of(device, world),
     )
     method = build(settings.method, setup)
     for part in (method.trainable, method.frozen, method.state):
@@ -222,6 +224,12 @@ def assemble(settings: Settings, world: World) -> Job:
     return Job(
         settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher, trained_on, undo
     )
+
+
+def _memory_of(device: torch.device, world: World) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_bytes() // world.local_size
 
 
 def _teacher_model(export: Export) -> Classifier:

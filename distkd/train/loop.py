@@ -18,10 +18,10 @@ from distkd.base import Batch, StepOutput, World
 from distkd.comm.world import barrier, broadcast_object
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
-from distkd.engines import Entry, Update
+from distkd.engines import Update
 from distkd.metrics.meters import Stopwatch
 from distkd.train import checkpoint
-from distkd.train.checkpoint import STATE, Best
+from distkd.train.checkpoint import Best
 from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
 from distkd.train.folder import Events, check_config, read_outcome
@@ -221,8 +221,8 @@ def save(run: Run) -> None:
     }
     replicated = [job.method.state] if job.engine.sharded else [job.method.trainable, job.method.state]
     checkpoint.check_equal(replicated, run.step, job.world)
-    state = [Entry(f"{STATE}{name}", t.nbytes, lambda t=t: t) for name, t in job.method.state.state_dict().items()]
-    run.saver.save(run.step, job.engine.entries() + state, run.best, meta)
+    entries = job.engine.entries() + checkpoint.state_entries(job.method.state)
+    run.saver.save(run.step, entries, run.best, meta)
 
 
 def finish(run: Run) -> None:

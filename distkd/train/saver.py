@@ -44,14 +44,22 @@ _LAST_WORDS_S = 30.0
 
 
 def owners(entries: Sequence[Entry], writers: int) -> dict[str, int]:
-    """Which rank writes which tensor: the largest first, each to the rank that has least; the same on every rank."""
+    """Which rank writes which tensor that all ranks have: the largest first, each to the rank that has least."""
     load = [0] * writers
     owner: dict[str, int] = {}
-    for entry in sorted(entries, key=lambda entry: (-entry.nbytes, entry.name)):
+    shared = [entry for entry in entries if not entry.local]
+    for entry in sorted(shared, key=lambda entry: (-entry.nbytes, entry.name)):
         rank = load.index(min(load))
         load[rank] += entry.nbytes
         owner[entry.name] = rank
     return owner
+
+
+def _writers(entries: Sequence[Entry], size: int) -> int:
+    """How many ranks write; the same on every rank."""
+    if any(entry.local for entry in entries):
+        return size
+    return max(1, min(size, sum(entry.nbytes for entry in entries) // SHARE_BYTES))
 
 
 @dataclass(slots=True)
@@ -176,13 +184,13 @@ class Saver:
             self._abandoned.set()
 
     def _copy(self, step: int, entries: Sequence[Entry], best: Best, meta: dict[str, Any]) -> _Copy:
-        writers = max(1, min(self.world.size, sum(entry.nbytes for entry in entries) // SHARE_BYTES))
+        writers = _writers(entries, self.world.size)
         owner = owners(entries, writers)
         tensors: dict[str, Tensor] = {}
         later: list[tuple[Tensor, Tensor]] = []
         for entry in entries:
             tensor = entry.read().detach()  # a collective in some engines: also where another rank writes it
-            if owner[entry.name] != self.world.rank:
+            if not entry.local and owner[entry.name] != self.world.rank:
                 continue
             buffer = tensors[entry.name] = self._buffer(entry.name, tensor)
             if entry.steady and not tensor.is_cuda:

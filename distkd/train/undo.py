@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distkd.memory.bank import MemoryBank, Normaliser
+from distkd.memory.bank import Normaliser
+from distkd.memory.memory import Memory
 
 __all__ = ["Undo"]
 
@@ -13,11 +14,11 @@ __all__ = ["Undo"]
 class Undo:
     """Batch statistics, normalisers and the like, as they were before a step.
 
-    Banks are left out: they are written after the update, which does not happen either.
+    Memories are left out: they are written after the update, which does not happen either.
     """
 
     def __init__(self, *roots: nn.Module):
-        owners = [module for root in roots for module in root.modules() if not isinstance(module, MemoryBank)]
+        owners = [module for root in roots for module in root.modules() if not isinstance(module, Memory)]
         self.normalisers = [module for module in owners if isinstance(module, Normaliser)]
         found = {id(buffer): buffer for module in owners for buffer in module.buffers(recurse=False)}
         self.live: list[Tensor] = list(found.values())

@@ -27,7 +27,10 @@ __all__ = ["Crash", "Trace", "before_steps", "equal_up_to", "law_config", "run_s
 # what a method needs to be small, by name; a method that is not here is taken with its defaults
 SMALL: dict[str, dict[str, Any]] = {
     "dc_distill": {"embedding_dim": 8, "positives": 12, "negatives": 20, "keep_positive": 4, "keep_negative": 12},
+    "crd": {"embedding_dim": 8, "negatives": 30},
     "dc_teacher": {"l1": {"omic": 1e-4}},
+    "prototype_kd": {"embedding_dim": 8, "per_class": 2},
+    "rrd": {"embedding_dim": 8, "queue_length": 40},
 }
 
 

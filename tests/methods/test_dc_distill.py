@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from distkd.base import Batch, Outputs, World
+from distkd.comm.agreement import LossRule
 from distkd.errors import ConfigError
 from distkd.methods import dc_distill
 from distkd.methods.dc_distill import SIDES, DCDistill
@@ -74,11 +76,15 @@ def test_a_step_is_that_of_the_released_code(monkeypatch: pytest.MonkeyPatch):
     for side in SIDES:
         method.model.own[side] = projector("embed_s", inputs["s_dim"])
         method.model.other[side] = projector("embed_t", inputs["t_dim"])
-        method.contrast[side].student.rows_ND = tensor(inputs["bank_student_init"])
-        method.contrast[side].teacher.rows_ND = tensor(inputs["bank_teacher_init"])
+        for bank, name in (
+            (method.contrast.pair(side).student, "student"),
+            (method.contrast.pair(side).teacher, "teacher"),
+        ):
+            bank.rows_ND = tensor(inputs[f"bank_{name}_init"])
+            bank.norm_N = bank.rows_ND.norm(dim=1)
     method.frozen["teacher"] = Fixed(tensor(case["multimodal_feat"]), tensor(case["multimodal_logits"]))
     method.mean_teacher = Fixed(tensor(case["mean_teacher_feat"]), tensor(case["mean_teacher_logits"]))  # type: ignore[assignment]
-    monkeypatch.setattr(dc_distill, "candidate_rows", lambda *_, **__: tensor(inputs["candidate_rows"]))
+    monkeypatch.setattr(method.candidates, "forward", lambda *_: tensor(inputs["candidate_rows"]))
     feature = tensor(case["feat_student"], grad=True)
     batch = batch_of(inputs["anchor_rows"])
     assert batch.label_B.tolist() == case["labels"]
@@ -102,7 +108,7 @@ def test_a_step_is_that_of_the_released_code(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_weights_it_is_the_plain_sum():
-    method, batch = student_of(weights="none"), batch_of([0, 1, 2, 5])
+    method, batch = student_of(agreement={"rule": "none"}), batch_of([0, 1, 2, 5])
     out = method.step(method.trainable, batch, World())
     out.loss.backward()
     found = gradients(method.trainable)
@@ -120,8 +126,8 @@ def test_without_weights_it_is_the_plain_sum():
 
 def test_agreement_with_equal_weights_is_the_plain_sum(monkeypatch: pytest.MonkeyPatch):
     """The road through the leaf and the injected gradient changes nothing by itself."""
-    plain, agreed, batch = student_of(weights="none"), student_of(), batch_of([0, 1, 2, 5])
-    monkeypatch.setattr(agreed, "_weigh", lambda cosines: torch.ones(4, dtype=cosines.dtype))
+    plain, agreed, batch = student_of(agreement={"rule": "none"}), student_of(), batch_of([0, 1, 2, 5])
+    agreed.rule = LossRule(lambda cosines: torch.ones(4, dtype=cosines.dtype))
     outs = [method.step(method.trainable, batch, World()) for method in (plain, agreed)]
     for out in outs:
         out.loss.backward()
@@ -135,7 +141,7 @@ def test_agreement_with_equal_weights_is_the_plain_sum(monkeypatch: pytest.Monke
 )
 def test_gradients_are_those_of_the_weighted_sum_with_constant_weights(options: dict[str, Any]):
     """The obvious way: a backward of each loss to the feature for the weights, then one of the sum; heads included."""
-    method, batch = student_of(**options), batch_of([0, 1, 2, 5])
+    method, batch = student_of(agreement={"rule": "gk_refine", **options}), batch_of([0, 1, 2, 5])
     out = method.step(method.trainable, batch, World())
     out.loss.backward()
     slow = student_of()
@@ -157,6 +163,46 @@ def test_gradients_are_those_of_the_weighted_sum_with_constant_weights(options: 
         torch.testing.assert_close(gradients(method.trainable)[name], gradient, atol=1e-11, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({}, {"rule": "gk_refine", "clamp_min": None, "normalise": False}),
+        ({"weights": "none"}, {"rule": "none"}),
+        ({"weights": "agreement", "normalise": True}, {"rule": "gk_refine", "clamp_min": None, "normalise": True}),
+        ({"clamp_min": 0.0}, {"rule": "gk_refine", "clamp_min": 0.0, "normalise": False}),
+        ({"agreement": {"clamp_min": 0.5}}, {"rule": "gk_refine", "clamp_min": 0.5, "normalise": False}),
+        ({"weights": "none", "agreement": {"rule": "mgda"}}, {"rule": "mgda"}),
+    ],
+)
+def test_the_rule_is_the_published_one_and_older_names_are_read(written: dict[str, Any], expected: dict[str, Any]):
+    config = dc_distill.Config.model_validate({"name": "dc_distill", **written})
+    assert config.agreement.model_dump() == expected
+    assert dc_distill.Config.model_validate(config.model_dump()) == config
+
+
+def test_a_rule_that_is_unknown_or_an_option_of_another_is_named():
+    for wrong, words in (
+        ({"rule": "median"}, "gk_refine"),
+        ({"rule": "gkm", "clamp_min": 0}, "agreement.gkm.clamp_min"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            dc_distill.Config.model_validate({"name": "dc_distill", "agreement": wrong})
+
+
+@pytest.mark.parametrize("rule", ["gk_refine", "gkm", "gate", "pcgrad", "mgda", "cagrad", "none"])
+def test_a_step_under_every_rule_is_finite_and_moves_what_the_rule_remembers_afterwards(rule: str):
+    method = student_of(agreement={"rule": rule})
+    before = {name: value.nan_to_num(-1.0) for name, value in method.state.state_dict().items()}
+    out = method.step(method.trainable, batch_of([0, 1, 2, 5]), World())
+    for name, value in method.state.state_dict().items():
+        assert torch.equal(value.nan_to_num(-1.0), before[name]) or name.endswith("log_z"), name
+    out.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(method.trainable).values())
+    method.after_step(out, World())
+    moved = [name for name, value in method.state.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.startswith("agreement.") for name in moved) == (rule == "gkm")
+
+
 def test_alpha_and_beta_scale_their_losses():
     plain, scaled = student_of(), student_of(alpha=0.5, beta=0.1)
     batch = batch_of([0, 1, 2, 5])
@@ -173,14 +219,13 @@ def test_alpha_and_beta_scale_their_losses():
 @pytest.mark.parametrize("direction", ["paper", "released"])
 def test_both_contrasts_use_the_direction_of_the_config(direction: Reading, monkeypatch: pytest.MonkeyPatch):
     method, seen = student_of(direction=direction), list[str]()
-    for side in SIDES:
-        original = method.contrast[side].forward
+    original = dc_distill.choose
 
-        def forward(*arguments: Any, original: Any = original, **options: Any) -> Tensor:
-            seen.append(options["direction"])
-            return original(*arguments, **options)
+    def choose(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["direction"])
+        return original(*arguments, **options)
 
-        monkeypatch.setattr(method.contrast[side], "forward", forward)
+    monkeypatch.setattr(dc_distill, "choose", choose)
     method.step(method.trainable, batch_of([0, 1, 2, 5]), World())
     assert seen == [direction, direction]
 
@@ -266,19 +311,17 @@ def test_a_batch_without_a_label_still_teaches():
 def test_a_hidden_label_chooses_no_candidates(monkeypatch: pytest.MonkeyPatch):
     """The bank's rows have the labels of training: a label that is hidden must not come in through the candidates."""
     seen: list[Tensor] = []
-    original = dc_distill.candidate_rows
-
-    def rows(key_B: Tensor, index_B: Tensor, label_B: Tensor, row_label_N: Tensor, **options: Any) -> Tensor:
-        found = original(key_B, index_B, label_B, row_label_N, **options)
-        seen.extend((label_B, found))
-        return found
-
-    monkeypatch.setattr(dc_distill, "candidate_rows", rows)
     method = student_of(labels=hidden_labels())
+    original = method.candidates.forward
+
+    def rows(*arguments: Tensor) -> Tensor:
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(method.candidates, "forward", rows)
     # the batch claims to know all labels: the method must not believe it
     method.step(method.trainable, batch_of([0, 1, 2, 5]), World())
-    label_B, candidates = seen
-    assert label_B.tolist() == [0, -1, 2, -1]
+    [candidates] = seen
     assert set(candidates[1, : method.n_positive].tolist()) == {1}
     assert not set(candidates[[0, 2]].flatten().tolist()) & set(HIDDEN)
 

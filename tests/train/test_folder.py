@@ -17,6 +17,7 @@ from distkd import __version__
 from distkd.base import World
 from distkd.config import load
 from distkd.files import read_json
+from distkd.methods import dc_distill
 from distkd.metrics.jsonl import read_jsonl
 from distkd.train import progress
 from distkd.train.checkpoint import find_latest
@@ -69,7 +70,8 @@ def test_the_best_weights_are_those_of_the_best_validation(small: Small):
 
 def test_free_keys_exist(small: Small):
     """A key that is renamed must not stay free by its old name."""
-    assert flatten(small.settings("student").model_dump(mode="json")).keys() >= FREE
+    keys = flatten(small.settings("student").model_dump(mode="json")).keys()
+    assert keys | flatten({"method": dc_distill.Config().model_dump(mode="json")}).keys() >= FREE
 
 
 def test_flatten_keeps_empty_sections():
