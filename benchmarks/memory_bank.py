@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import time
 from collections.abc import Callable
@@ -186,11 +185,11 @@ def crossover(repeats: int) -> None:
                 anchor_BD = F.normalize(torch.randn(n_anchors, D), dim=1)
                 index_BJ = torch.randint(0, n_rows, (n_anchors, n_columns))
 
-                def call(limit: float, anchor=anchor_BD, rows=rows_ND, index=index_BJ) -> Any:
-                    ops_rows.DENSE_WASTE = limit
+                def call(dense: bool, anchor=anchor_BD, rows=rows_ND, index=index_BJ) -> Any:
+                    ops_rows.is_dense = lambda *_: dense
                     return scan(anchor, rows, index, lambda product, _: product)
 
-                found = compare({"dense": lambda: call(math.inf), "gathered": lambda: call(0)}, repeats=repeats)
+                found = compare({"dense": lambda: call(True), "gathered": lambda: call(False)}, repeats=repeats)
                 label = f"B {n_anchors}, {n_columns} columns, {waste} x as many rows"
                 ratios[f"gathered / dense, {label}"] = found["gathered"]["processor_s"] / found["dense"]["processor_s"]
     report("memory_bank_crossover", figures, ratios, D=D)

@@ -45,7 +45,9 @@ class MemoryBank(Memory):
     norm_N: Tensor
     """Norms of the rows: not 1 before their first update, and rounded where rows are half-precision."""
     mark: Tensor
-    """int64; equal on two ranks that wrote the same bits into the same rows."""
+    """int64; equal on two ranks that wrote the same bits into the same rows; not kept where rows are sharded."""
+    odd_D: Tensor
+    """int64 factors of a row's digest."""
 
     def __init__(
         self, n_rows: int, dim: int, *, seed: int, dtype: torch.dtype | None = None, part: int = 0, parts: int = 1
@@ -60,9 +62,10 @@ class MemoryBank(Memory):
         self.register_buffer("rows_ND", rows_LD)
         self.register_buffer("norm_N", _norms(rows_LD), persistent=False)
         self.register_buffer("mark", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("odd_D", mix(torch.arange(dim)) | 1, persistent=False)
 
     @torch.no_grad()
-    def write(self, index_G: Tensor, embedding_GD: Tensor, *, momentum: float) -> None:
+    def write(self, index_G: Tensor, embedding_GD: Tensor, *, momentum: float, last_G: Tensor | None = None) -> None:
         """Blend embeddings into their rows and normalise them: row <- unit(momentum row + (1 - momentum) embedding).
 
         Every blend starts from the row as it was; of several embeddings for a row the last in order wins. An embedding
@@ -72,6 +75,7 @@ class MemoryBank(Memory):
             index_G: int64 rows, 0 <= index < N, of all ranks; rows that lie elsewhere are passed over.
             embedding_GD: unit embeddings.
             momentum: share of the old row, 0 <= momentum < 1.
+            last_G: `last_of_equals(index_G)`, for banks that are written together.
 
         Raises:
             ShapeError: another width than the bank's, or an index without a row.
@@ -81,19 +85,28 @@ class MemoryBank(Memory):
         check_index(index_G, self.n_rows, "the write of a memory bank")
         if not len(self.rows_ND):
             return
+        embedding_GD = embedding_GD[last_of_equals(index_G) if last_G is None else last_G]
+        if self.parts == 1:
+            row_GD = self._blend(index_G, embedding_GD, momentum)
+            self.mark += _digests(index_G, row_GD, self.odd_D).sum()
+            self._put(index_G, row_GD)
+            return
         place_G = index_G.div(self.parts, rounding_mode="floor")
-        wide = torch.promote_types(self.rows_ND.dtype, torch.float32)
-        embedding_GD = embedding_GD.to(wide)[last_of_equals(index_G)]
         mine_G = (index_G - place_G * self.parts) == self.part
         place_G = torch.where(mine_G, place_G, 0)
-        blend_GD = momentum * self.rows_ND[place_G].to(wide) + (1 - momentum) * embedding_GD
-        row_GD = (blend_GD / blend_GD.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(self.rows_ND.dtype)
-        self.mark += torch.where(mine_G, _digests(index_G, row_GD), 0).sum()
-        if self.parts > 1:
-            place_G, row_GD = self._instead(mine_G, place_G, row_GD)
+        row_GD = self._blend(place_G, embedding_GD, momentum)
+        self._put(*self._instead(mine_G, place_G, row_GD))
+
+    def _blend(self, place_G: Tensor, embedding_GD: Tensor, momentum: float) -> Tensor:
+        wide = torch.promote_types(self.rows_ND.dtype, torch.float32)
+        old_GD = self.rows_ND.index_select(0, place_G).to(wide)
+        blend_GD = momentum * old_GD + (1 - momentum) * embedding_GD.to(wide)
+        return (blend_GD / blend_GD.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(self.rows_ND.dtype)
+
+    def _put(self, place_G: Tensor, row_GD: Tensor) -> None:
         # equal indices write equal values, so the order of the scatter does not matter
         self.rows_ND[place_G] = row_GD
-        self.norm_N[place_G] = row_GD.to(wide).norm(dim=1).to(self.norm_N.dtype)
+        self.norm_N[place_G] = row_GD.to(self.norm_N.dtype).norm(dim=1)
 
     def _instead(self, mine_G: Tensor, place_G: Tensor, row_GD: Tensor) -> tuple[Tensor, Tensor]:
         """Whoever lies elsewhere writes what a sample of this rank writes, or what is there already, once more."""
@@ -144,13 +157,13 @@ def initial_rows(row_L: Tensor, dim: int, *, seed: int) -> Tensor:
 def row_digests(bank: MemoryBank, chunk: slice) -> Tensor:
     """int64 of every row in a part of a bank that is whole: equal where the rows are equal bit by bit."""
     rows_LD = bank.rows_ND[chunk]
-    return _digests(torch.arange(chunk.start, chunk.start + len(rows_LD), device=rows_LD.device), rows_LD)
+    index_L = torch.arange(chunk.start, chunk.start + len(rows_LD), device=rows_LD.device)
+    return _digests(index_L, rows_LD, bank.odd_D)
 
 
-def _digests(index_L: Tensor, rows_LD: Tensor) -> Tensor:
+def _digests(index_L: Tensor, rows_LD: Tensor, odd_D: Tensor) -> Tensor:
     bits_LD = rows_LD.view(_BITS[rows_LD.element_size()]).to(torch.int64)
-    column_D = mix(torch.arange(rows_LD.shape[1], device=rows_LD.device)) | 1
-    return fold_in((bits_LD * column_D).sum(dim=1), index_L)
+    return fold_in((bits_LD * odd_D).sum(dim=1), index_L)
 
 
 def _norms(rows_LD: Tensor) -> Tensor:

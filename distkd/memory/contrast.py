@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distkd.base import Arriving, World
-from distkd.memory.bank import MemoryBank, Normaliser
+from distkd.memory.bank import MemoryBank, Normaliser, last_of_equals
 from distkd.memory.placement import Columns, Placement, Replicated
 from distkd.ops.contrastive import Noise, contrast
 from distkd.ops.draws import integer_key
@@ -207,7 +207,7 @@ def choose(
 
 
 def _norm(bank: MemoryBank, place_AM: Tensor) -> Tensor:
-    return bank.norm_N.take(place_AM).clamp_min_(1e-12)
+    return bank.norm_N.index_select(0, place_AM.flatten()).view_as(place_AM).clamp_min_(1e-12)
 
 
 def _wide(anchor_AD: Tensor) -> Tensor:
@@ -231,5 +231,6 @@ def write_rows(banks: Mapping[str, MemoryBank], rows: Sequence[Arriving], *, mom
     """
     passes = [arriving.wait() for arriving in rows]
     index_G = torch.cat([found["index"] for found in passes])
+    last_G = last_of_equals(index_G)
     for name, bank in banks.items():
-        bank.write(index_G, torch.cat([found[name] for found in passes]), momentum=momentum)
+        bank.write(index_G, torch.cat([found[name] for found in passes]), momentum=momentum, last_G=last_G)

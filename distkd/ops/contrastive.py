@@ -46,15 +46,16 @@ class Noise:
         """log(c + eps), the noise density on the scale of a score."""
         return math.log(self.n_negative / self.n_rows + EPSILON)
 
+    def margin(self, product_BM: Tensor, temperature: float, offset_BM: Tensor | None = None) -> Tensor:
+        """How far scores are above their noise: product / temperature + offset - log Z - log(c + eps), (B, M)."""
+        level = -(self.log_z.to(product_BM.dtype) + self.bias)
+        shift = level if offset_BM is None else offset_BM.to(product_BM.dtype) + level
+        return torch.add(shift, product_BM, alpha=1 / temperature)
+
     @property
     def constant(self) -> float:
         """What epsilon adds to the loss of an anchor, whatever its scores."""
         return self.n_negative * math.log1p(EPSILON * self.n_rows / self.n_negative) if self.n_negative else 0.0
-
-
-def _score(product_BM: Tensor, temperature: float, offset_BM: Tensor | None) -> Tensor:
-    score_BM = product_BM / temperature
-    return score_BM if offset_BM is None else score_BM.add_(offset_BM)
 
 
 def _has_kernel(anchor_BD: Tensor) -> bool:
@@ -73,28 +74,27 @@ def log_normaliser(log_total: Tensor, count: Tensor, n_rows: int) -> Tensor:
     return log_total - torch.log(count) + math.log(n_rows)
 
 
-def noise_contrast(score_BM: Tensor, n_columns: int, noise: Noise) -> tuple[Tensor, Tensor]:
+def noise_contrast(margin_BM: Tensor, n_columns: int, n_positive: int) -> tuple[Tensor, Tensor]:
     """Loss of every anchor and its derivative by every score, without the constant of epsilon.
 
     Args:
-        score_BM: cosine / temperature, unitless. A column that does not count has +inf as a positive and -inf as a
-            negative: loss and derivative are 0 there.
+        margin_BM: how far the scores are above their noise (`Noise.margin`), natural units. A column that does not
+            count has +inf as a positive and -inf as a negative: loss and derivative are 0 there.
         n_columns: how many of the columns, the first ones, are positives.
-        noise: normaliser and counts.
+        n_positive: how many positives the mean is taken over.
 
     Returns:
-        (B,) >= 0, the mean over positives plus the sum over negatives, and (B, M). In the type of the scores, exact
+        (B,) >= 0, the mean over positives plus the sum over negatives, and (B, M). In the type of the margins, exact
         where exp(score) would overflow. No gradient, no collective.
 
     Source: card `crd`, sections 2 and 4; card `dc-distill-gk-refine`, section 4.4 (several positives).
     """
-    # o / (o + c + eps) is a sigmoid of the margin, hence one softplus for each column
-    margin_BM = score_BM - (noise.log_z.to(score_BM.dtype) + noise.bias)
-    positive_BP, negative_BK = margin_BM[:, :n_columns], margin_BM[:, n_columns:]
-    loss_B = F.softplus(-positive_BP, threshold=50).sum(dim=1) / noise.n_positive
-    loss_B = loss_B + F.softplus(negative_BK, threshold=50).sum(dim=1)
+    # o / (o + c + eps) is the sigmoid of the margin, hence one softplus for each column
+    turned_BP, negative_BK = -margin_BM[:, :n_columns], margin_BM[:, n_columns:]
+    positive_B = F.softplus(turned_BP, threshold=50).sum(dim=1) / n_positive
+    loss_B = positive_B + F.softplus(negative_BK, threshold=50).sum(dim=1)
     slope_BM = torch.sigmoid(margin_BM)
-    slope_BM[:, :n_columns] = torch.sigmoid(-positive_BP) / -noise.n_positive  # 1 - sigmoid would lose small ones
+    slope_BM[:, :n_columns] = torch.sigmoid(turned_BP) / -n_positive  # 1 - sigmoid would lose small ones
     return loss_B, slope_BM
 
 
@@ -122,12 +122,13 @@ def contrast(
         offset_BM: added to the scores: log of a weight, or the infinity of a column that does not count.
 
     Returns:
-        (B,) and (B, D), as `noise_contrast` of the scores has them. Nothing of size B x M x D outlives a tile. On CUDA
+        (B,) and (B, D), as `noise_contrast` has them for the scores. Nothing of size B x M x D outlives a tile. On CUDA
         one Triton kernel where Triton is installed. No gradient, no collective.
     """
     if product_BM is not None:
-        loss_B, slope_BM = noise_contrast(_score(product_BM, temperature, offset_BM), n_columns, noise)
-        return loss_B, weighted_sum(slope_BM.div_(temperature), rows_ND, index_BM)
+        margin_BM = noise.margin(product_BM, temperature, offset_BM)
+        loss_B, slope_BM = noise_contrast(margin_BM, n_columns, noise.n_positive)
+        return loss_B, weighted_sum(slope_BM, rows_ND, index_BM).div_(temperature)
     if _has_kernel(anchor_BD):
         from distkd.ops.contrastive_triton import contrast_kernel
 
@@ -135,9 +136,8 @@ def contrast(
     loss_B = anchor_BD.new_empty(len(anchor_BD))
 
     def weigh(product_tM: Tensor, part: slice) -> Tensor:
-        offset_tM = None if offset_BM is None else offset_BM[part]
-        loss_B[part], slope_tM = noise_contrast(_score(product_tM, temperature, offset_tM), n_columns, noise)
-        return slope_tM.div_(temperature)
+        margin_tM = noise.margin(product_tM, temperature, None if offset_BM is None else offset_BM[part])
+        loss_B[part], slope_tM = noise_contrast(margin_tM, n_columns, noise.n_positive)
+        return slope_tM
 
-    gradient_BD = scan(anchor_BD, rows_ND, index_BM, weigh)
-    return loss_B, gradient_BD
+    return loss_B, scan(anchor_BD, rows_ND, index_BM, weigh).div_(temperature)

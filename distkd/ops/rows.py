@@ -25,8 +25,10 @@ __all__ = ["Weigh", "assert_async", "check_index", "is_dense", "products", "scan
 Weigh = Callable[[Tensor, slice], Tensor]
 """From the products (t, J) of the anchors in a slice to the weights (t, J) of their rows."""
 
-DENSE_WASTE = 10
-"""Dense wins while it computes at most this many times more products than are asked for."""
+DENSE_WASTE, DENSE_WASTE_CACHED = 7, 16
+"""Dense wins while it computes at most this many times more products than are asked for; the second number is for banks
+of at most `_CACHED_BYTES`, which stay in a cache from one product to the next."""
+_CACHED_BYTES = 1 << 22
 _PLANE = 1 << 24
 """Numbers of a (t, N) plane of dense products at a time."""
 _TILE_BYTES = 1 << 28
@@ -35,9 +37,10 @@ _CHUNK_ROWS = 1 << 14
 """Rows of a half-precision bank that are widened at a time."""
 
 
-def is_dense(n_rows: int, n_columns: int) -> bool:
+def is_dense(rows_ND: Tensor, n_columns: int) -> bool:
     """Whether the whole bank is multiplied for this many chosen rows of each anchor."""
-    return n_rows <= DENSE_WASTE * n_columns
+    waste = DENSE_WASTE_CACHED if rows_ND.nbytes <= _CACHED_BYTES else DENSE_WASTE
+    return rows_ND.shape[0] <= waste * n_columns
 
 
 def assert_async(condition: Tensor, message: str) -> None:
@@ -82,13 +85,13 @@ def products(anchors: Sequence[Tensor], rows_ND: Tensor, index_BJ: Tensor) -> li
     anchor_BSD = torch.stack(list(anchors), dim=1)
     _check_width(anchor_BSD, rows_ND)
     found: list[Tensor] = []
-    if is_dense(rows_ND.shape[0], index_BJ.shape[1]):
+    if is_dense(rows_ND, index_BJ.shape[1]):
         for t in _planes(index_BJ, rows_ND):
             found += [_times(anchor_BD[t], rows_ND).gather(1, index_BJ[t]) for anchor_BD in anchors]
         per_set = [found[number :: len(anchors)] for number in range(len(anchors))]
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in per_set]
-    for t in _tiles(index_BJ, rows_ND):
-        found.append(_tile_products(anchor_BSD[t], _gather(rows_ND, index_BJ[t], anchor_BSD.dtype)))
+    for t, rows_tJD in _gathered(rows_ND, index_BJ, anchor_BSD.dtype):
+        found.append(_tile_products(anchor_BSD[t], rows_tJD))
     return list(torch.cat(found).unbind(dim=1))
 
 
@@ -107,13 +110,12 @@ def scan(anchor_BD: Tensor, rows_ND: Tensor, index_BJ: Tensor, weigh: Weigh) -> 
     """
     _check_width(anchor_BD, rows_ND)
     sum_BD = torch.empty_like(anchor_BD)
-    if is_dense(rows_ND.shape[0], index_BJ.shape[1]):
+    if is_dense(rows_ND, index_BJ.shape[1]):
         for t in _planes(index_BJ, rows_ND):
             weight_tJ = weigh(_times(anchor_BD[t], rows_ND).gather(1, index_BJ[t]), t)
             sum_BD[t] = _dense_sum(weight_tJ, rows_ND, index_BJ[t])
         return sum_BD
-    for t in _tiles(index_BJ, rows_ND):
-        rows_tJD = _gather(rows_ND, index_BJ[t], anchor_BD.dtype)
+    for t, rows_tJD in _gathered(rows_ND, index_BJ, anchor_BD.dtype):
         weight_tJ = weigh(_tile_products(anchor_BD[t, None], rows_tJD)[:, 0], t)
         sum_BD[t] = _tile_sum(weight_tJ, rows_tJD)
     return sum_BD
@@ -121,12 +123,12 @@ def scan(anchor_BD: Tensor, rows_ND: Tensor, index_BJ: Tensor, weigh: Weigh) -> 
 
 def weighted_sum(weight_BJ: Tensor, rows_ND: Tensor, index_BJ: Tensor) -> Tensor:
     """Sum of each anchor's rows with known weights, (B, D) in the type of the weights; no gradient, no collective."""
-    if is_dense(rows_ND.shape[0], index_BJ.shape[1]):
+    if is_dense(rows_ND, index_BJ.shape[1]):
         return torch.cat([_dense_sum(weight_BJ[t], rows_ND, index_BJ[t]) for t in _planes(index_BJ, rows_ND)])
     if rows_ND.dtype == weight_BJ.dtype:
         return F.embedding_bag(index_BJ, rows_ND, mode="sum", per_sample_weights=weight_BJ)
-    tiles = _tiles(index_BJ, rows_ND)
-    return torch.cat([_tile_sum(weight_BJ[t], _gather(rows_ND, index_BJ[t], weight_BJ.dtype)) for t in tiles])
+    tiles = _gathered(rows_ND, index_BJ, weight_BJ.dtype)
+    return torch.cat([_tile_sum(weight_BJ[t], rows_tJD) for t, rows_tJD in tiles])
 
 
 def _check_width(anchor: Tensor, rows_ND: Tensor) -> None:
@@ -136,11 +138,6 @@ def _check_width(anchor: Tensor, rows_ND: Tensor) -> None:
 
 def _planes(index_BJ: Tensor, rows_ND: Tensor) -> Iterator[slice]:
     return _parts(len(index_BJ), _PLANE // max(1, rows_ND.shape[0]))
-
-
-def _tiles(index_BJ: Tensor, rows_ND: Tensor) -> Iterator[slice]:
-    row_bytes = index_BJ.shape[1] * rows_ND.shape[1] * rows_ND.element_size()
-    return _parts(len(index_BJ), 1 if rows_ND.device.type == "cpu" else _TILE_BYTES // max(1, row_bytes))
 
 
 def _parts(n: int, step: int) -> Iterator[slice]:
@@ -168,15 +165,18 @@ def _dense_sum(weight_tJ: Tensor, rows_ND: Tensor, index_tJ: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)
 
 
-def _gather(rows_ND: Tensor, index_tJ: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = index_tJ.flatten()
-    if rows_ND.dtype == torch.float32 and rows_ND.device.type == "cpu":
-        # bags of one row: unlike `index_select` it asks for the next rows ahead, which is 1.7 times faster in a bank
-        # of a million rows
-        found = F.embedding_bag(flat, rows_ND, torch.arange(len(flat)), mode="sum")
-    else:
-        found = rows_ND.index_select(0, flat)
-    return found.to(dtype).view(*index_tJ.shape, -1)
+def _gathered(rows_ND: Tensor, index_BJ: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The chosen rows (t, J, D) of one tile of anchors after the other."""
+    row_bytes = index_BJ.shape[1] * rows_ND.shape[1] * rows_ND.element_size()
+    on_cpu = rows_ND.device.type == "cpu"
+    # bags of one row: unlike `index_select` this asks for the next rows ahead
+    each = torch.arange(index_BJ.shape[1]) if on_cpu and rows_ND.dtype == torch.float32 else None
+    for t in _parts(len(index_BJ), 1 if on_cpu else _TILE_BYTES // max(1, row_bytes)):
+        if each is not None:
+            rows = F.embedding_bag(index_BJ[t.start], rows_ND, each, mode="sum")
+        else:
+            rows = rows_ND.index_select(0, index_BJ[t].flatten())
+        yield t, rows.to(dtype).view(t.stop - t.start, -1, rows_ND.shape[1])
 
 
 # for a single anchor a product of matrices is several times faster than a batched one

@@ -82,5 +82,5 @@ def select_by_discrepancy(
     if keep_negative is None:
         kept_BK = torch.arange(negative_BJ.shape[1], device=negative_BJ.device).expand_as(negative_BJ)
     else:
-        kept_BK = negative_BJ.topk(keep_negative, dim=1, largest=False).indices
+        kept_BK = negative_BJ.topk(keep_negative, dim=1, largest=False, sorted=False).indices
     return torch.cat([positive_BP, kept_BK + n_positive], dim=1)

@@ -33,7 +33,7 @@ def released(anchor: Tensor, rows: Tensor, index: Tensor, noise: Noise) -> Tenso
 
 @pytest.fixture(params=["dense", "gathered"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(ops_rows, "DENSE_WASTE", math.inf if request.param == "dense" else 0)
+    monkeypatch.setattr(ops_rows, "is_dense", lambda *_: request.param == "dense")
     return request.param
 
 
@@ -67,7 +67,7 @@ def test_sets_of_anchors_share_the_reading_of_their_rows(form: str):
 
 
 def test_a_device_gathers_several_anchors_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops_rows, "DENSE_WASTE", 0)
+    monkeypatch.setattr(ops_rows, "is_dense", lambda *_: False)
     expected = contrast(ANCHOR, ROWS, INDEX, P, NOISE, temperature=T)
     seen: list[int] = []
     original = ops_rows._tile_products
@@ -77,7 +77,7 @@ def test_a_device_gathers_several_anchors_at_a_time(monkeypatch: pytest.MonkeyPa
         return original(anchor, rows)
 
     monkeypatch.setattr(ops_rows, "_tile_products", watched)
-    monkeypatch.setattr(ops_rows, "_tiles", lambda index, rows: iter((slice(0, 2), slice(2, 3))))
+    monkeypatch.setattr(ops_rows, "_parts", lambda n, step: iter((slice(0, 2), slice(2, n))))
     for found, value in zip(contrast(ANCHOR, ROWS, INDEX, P, NOISE, temperature=T), expected, strict=True):
         torch.testing.assert_close(found, value, atol=1e-12, rtol=0)
     assert seen == [2, 1]
@@ -99,8 +99,8 @@ def test_no_score_overflows_and_no_small_loss_is_lost(log_z: float, dtype: torch
     """exp(1 / 0.07) alone is beyond a float16, exp(200) beyond a float32."""
     score = torch.tensor([[14.0, -14.0, 14.0, -14.0]], dtype=dtype)
     noise = Noise(torch.tensor(log_z), 2, 2, 1000)
-    loss, slope = noise_contrast(score, 2, noise)
-    exact, exact_slope = noise_contrast(score.double(), 2, noise)
+    loss, slope = noise_contrast(noise.margin(score, 1.0), 2, 2)
+    exact, exact_slope = noise_contrast(noise.margin(score.double(), 1.0), 2, 2)
     torch.testing.assert_close(loss, exact.to(dtype), rtol=1e-5, atol=0)
     torch.testing.assert_close(slope, exact_slope.to(dtype), rtol=1e-4, atol=1e-30)
     assert loss.item() > 0
@@ -148,6 +148,10 @@ def test_another_width_is_refused(form: str):
 def test_the_loss_compiles_as_one_graph(backend: str):
     score = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = Noise(torch.tensor(1.0, dtype=torch.float64), 2, 7, 50)
-    compiled = torch.compile(lambda x: noise_contrast(x, 2, noise), backend=backend, fullgraph=True)
-    for found, expected in zip(compiled(score), noise_contrast(score, 2, noise), strict=True):
+
+    def loss(score: Tensor) -> tuple[Tensor, Tensor]:
+        return noise_contrast(noise.margin(score, T), 2, 2)
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    for found, expected in zip(compiled(score), loss(score), strict=True):
         torch.testing.assert_close(found, expected)
