@@ -5,9 +5,10 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.memory_bank --sharded 1e7    # a sharded bank in float16
 
 A step is: both losses from given embeddings, the gradient at the embeddings, the update of both banks; drawing is timed
-in `benchmarks.draws`. Both sides compare the same rows, and losses and gradients are checked to agree. B 16, D 128,
-one thread. Targets: CRD with K 4096 at least 15 x, 6 x, 4 x faster at 1e4, 1e5, 1e6 rows; DC-Distill with 300 + 1024
-candidates at least 5 x at every size; both banks of 1e6 rows built within a second.
+in `benchmarks.draws`. Both sides compare the same rows, and losses and gradients are checked to agree. B 16, D 128, one
+thread; ratios are of the least processor time, which other users of a machine disturb least. Targets: CRD with K 4096
+at least 15 x, 6 x, 4 x faster at 1e4, 1e5, 1e6 rows; DC-Distill with 300 + 1024 candidates at least 5 x at every size;
+both banks of 1e6 rows built within a second.
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ def steps(sizes: list[int], repeats: int) -> None:
             sides, apart = step_sides(n_rows, select)
             found = compare(sides, repeats=repeats)
             label = f"{name} {n_rows:.0e}"
-            ratios[f"textbook / ours, {label}"] = found["textbook"]["processor_s"] / found["ours"]["processor_s"]
+            ratios[f"textbook / ours, {label}"] = (
+                found["textbook"]["least_processor_s"] / found["ours"]["least_processor_s"]
+            )
             about[f"relative difference, {label}"] = float(f"{apart:.2g}")
             figures |= {f"{side} {label}": values for side, values in found.items()}
     about["seconds to build both banks of 1e6"] = round(build_seconds(10**6), 3)
@@ -191,7 +194,9 @@ def crossover(repeats: int) -> None:
 
                 found = compare({"dense": lambda: call(True), "gathered": lambda: call(False)}, repeats=repeats)
                 label = f"B {n_anchors}, {n_columns} columns, {waste} x as many rows"
-                ratios[f"gathered / dense, {label}"] = found["gathered"]["processor_s"] / found["dense"]["processor_s"]
+                ratios[f"gathered / dense, {label}"] = (
+                    found["gathered"]["least_processor_s"] / found["dense"]["least_processor_s"]
+                )
     report("memory_bank_crossover", figures, ratios, D=D)
 
 

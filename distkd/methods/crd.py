@@ -14,15 +14,13 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from distkd.base import Batch, Forward, Outputs, StepOutput, World
+from distkd.base import Batch, Forward, StepOutput, World
 from distkd.memory.candidates import Candidates
 from distkd.memory.contrast import Choice
 from distkd.methods._banks import BankConfig, Banks
-from distkd.methods._plain import PlainMethod
+from distkd.methods._projected import ProjectedMethod
 from distkd.methods._protocol import MethodConfig, Setup
-from distkd.models.build import Classifier
-from distkd.models.heads import Projector
-from distkd.ops.draws import fold_in, integer_key, text_key
+from distkd.ops.draws import fold_in
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
 
 __all__ = ["CRD", "Config", "build"]
@@ -54,34 +52,11 @@ class Config(MethodConfig):
     """Width of the projected embeddings and of the banks."""
 
 
-class ProjectedStudent(nn.Module):
-    """The student and the heads that only training needs."""
-
-    def __init__(self, student: Classifier, teacher_dim: int, embedding_dim: int):
-        super().__init__()
-        self.student = student
-        self.own = Projector(student.feature_dim, embedding_dim)
-        self.other = Projector(teacher_dim, embedding_dim)
-
-    def forward(self, batch: Batch) -> Outputs:
-        return self.student(batch)
-
-
-class CRD(PlainMethod):
+class CRD(ProjectedMethod):
     """Cross entropy where there is a label, contrast with the teacher everywhere."""
 
     def __init__(self, config: Config, setup: Setup):
-        assert setup.teacher is not None
-        student = setup.build_student()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(integer_key(setup.seed, text_key("projectors")))
-            trainable = ProjectedStudent(student, setup.teacher.feature_dim, config.embedding_dim)
-        super().__init__(student, trainable)
-        self.model: ProjectedStudent = trainable
-        self.outside = [*trainable.own.parameters(), *trainable.other.parameters()]
-        self.config = config
-        self.labelled_share = setup.labelled_share
-        self.frozen["teacher"] = setup.teacher
+        super().__init__(config, setup)
         self.banks = Banks(config.bank, ("teacher",), config.embedding_dim, setup, momentum=config.bank_momentum)
         self.candidates = Candidates(
             setup.train_label_N, n_positive=1, n_negative=config.negatives, negatives=config.negatives_from

@@ -13,17 +13,14 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from distkd.base import Batch, Forward, Outputs, StepOutput, World
+from distkd.base import Batch, Forward, StepOutput, World
 from distkd.comm.packed import start_gather
 from distkd.errors import ConfigError
 from distkd.memory.prototypes import Prototypes
-from distkd.methods._plain import PlainMethod
+from distkd.methods._projected import ProjectedMethod
 from distkd.methods._protocol import MethodConfig, Setup
-from distkd.models.build import Classifier
-from distkd.models.heads import Projector
-from distkd.ops.draws import integer_key, text_key
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
 from distkd.ops.prototypes import prototype_margin
 
@@ -58,35 +55,12 @@ class Config(MethodConfig):
     """Steepness of the loss beside the margin, unitless."""
 
 
-class ProjectedPair(nn.Module):
-    """The student and the heads that only training needs."""
-
-    def __init__(self, student: Classifier, teacher_dim: int, embedding_dim: int):
-        super().__init__()
-        self.student = student
-        self.own = Projector(student.feature_dim, embedding_dim)
-        self.other = Projector(teacher_dim, embedding_dim)
-
-    def forward(self, batch: Batch) -> Outputs:
-        return self.student(batch)
-
-
-class PrototypeKD(PlainMethod):
+class PrototypeKD(ProjectedMethod):
     """Cross entropy and two margins, all of the labelled samples."""
 
     def __init__(self, config: Config, setup: Setup):
-        assert setup.teacher is not None
         _check_labels(setup)
-        student = setup.build_student()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(integer_key(setup.seed, text_key("projectors")))
-            trainable = ProjectedPair(student, setup.teacher.feature_dim, config.embedding_dim)
-        super().__init__(student, trainable)
-        self.model: ProjectedPair = trainable
-        self.outside = [*trainable.own.parameters(), *trainable.other.parameters()]
-        self.config = config
-        self.labelled_share = setup.labelled_share
-        self.frozen["teacher"] = setup.teacher
+        super().__init__(config, setup)
         self.prototypes = Prototypes(
             setup.n_classes, config.embedding_dim, per_class=config.per_class, momentum=config.momentum
         )

@@ -90,9 +90,15 @@ def products(anchors: Sequence[Tensor], rows_ND: Tensor, index_BJ: Tensor) -> li
             found += [_times(anchor_BD[t], rows_ND).gather(1, index_BJ[t]) for anchor_BD in anchors]
         per_set = [found[number :: len(anchors)] for number in range(len(anchors))]
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in per_set]
-    for t, rows_tJD in _gathered(rows_ND, index_BJ, anchor_BSD.dtype):
-        found.append(_tile_products(anchor_BSD[t], rows_tJD))
-    return list(torch.cat(found).unbind(dim=1))
+    product_BSJ = anchor_BSD.new_empty(*anchor_BSD.shape[:2], index_BJ.shape[1])
+    if _on_cpu(rows_ND):
+        rows = _one_by_one(rows_ND, index_BJ, anchor_BSD.dtype)
+        for anchor_SD, rows_JD, product_SJ in zip(anchor_BSD.unbind(), rows, product_BSJ.unbind(), strict=True):
+            torch.mm(anchor_SD, rows_JD.T, out=product_SJ)
+    else:
+        for t, rows_tJD in _tiles(rows_ND, index_BJ, anchor_BSD.dtype):
+            torch.bmm(anchor_BSD[t], rows_tJD.transpose(1, 2), out=product_BSJ[t])
+    return list(product_BSJ.unbind(dim=1))
 
 
 def scan(anchor_BD: Tensor, rows_ND: Tensor, index_BJ: Tensor, weigh: Weigh) -> Tensor:
@@ -115,9 +121,14 @@ def scan(anchor_BD: Tensor, rows_ND: Tensor, index_BJ: Tensor, weigh: Weigh) -> 
             weight_tJ = weigh(_times(anchor_BD[t], rows_ND).gather(1, index_BJ[t]), t)
             sum_BD[t] = _dense_sum(weight_tJ, rows_ND, index_BJ[t])
         return sum_BD
-    for t, rows_tJD in _gathered(rows_ND, index_BJ, anchor_BD.dtype):
-        weight_tJ = weigh(_tile_products(anchor_BD[t, None], rows_tJD)[:, 0], t)
-        sum_BD[t] = _tile_sum(weight_tJ, rows_tJD)
+    if _on_cpu(rows_ND):
+        for number, rows_JD in enumerate(_one_by_one(rows_ND, index_BJ, anchor_BD.dtype)):
+            t = slice(number, number + 1)
+            torch.mm(weigh(anchor_BD[t] @ rows_JD.T, t), rows_JD, out=sum_BD[t])
+        return sum_BD
+    for t, rows_tJD in _tiles(rows_ND, index_BJ, anchor_BD.dtype):
+        weight_tJ = weigh(torch.bmm(rows_tJD, anchor_BD[t, :, None])[..., 0], t)
+        sum_BD[t] = torch.bmm(weight_tJ[:, None], rows_tJD)[:, 0]
     return sum_BD
 
 
@@ -127,8 +138,15 @@ def weighted_sum(weight_BJ: Tensor, rows_ND: Tensor, index_BJ: Tensor) -> Tensor
         return torch.cat([_dense_sum(weight_BJ[t], rows_ND, index_BJ[t]) for t in _planes(index_BJ, rows_ND)])
     if rows_ND.dtype == weight_BJ.dtype:
         return F.embedding_bag(index_BJ, rows_ND, mode="sum", per_sample_weights=weight_BJ)
-    tiles = _gathered(rows_ND, index_BJ, weight_BJ.dtype)
-    return torch.cat([_tile_sum(weight_BJ[t], rows_tJD) for t, rows_tJD in tiles])
+    if _on_cpu(rows_ND):
+        rows = _one_by_one(rows_ND, index_BJ, weight_BJ.dtype)
+        return torch.cat([weight_1J @ rows_JD for weight_1J, rows_JD in zip(weight_BJ[:, None], rows, strict=True)])
+    tiles = _tiles(rows_ND, index_BJ, weight_BJ.dtype)
+    return torch.cat([torch.bmm(weight_BJ[t, None], rows_tJD)[:, 0] for t, rows_tJD in tiles])
+
+
+def _on_cpu(rows_ND: Tensor) -> bool:
+    return rows_ND.device.type == "cpu"
 
 
 def _check_width(anchor: Tensor, rows_ND: Tensor) -> None:
@@ -165,30 +183,21 @@ def _dense_sum(weight_tJ: Tensor, rows_ND: Tensor, index_tJ: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)
 
 
-def _gathered(rows_ND: Tensor, index_BJ: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The chosen rows (t, J, D) of one tile of anchors after the other."""
-    row_bytes = index_BJ.shape[1] * rows_ND.shape[1] * rows_ND.element_size()
-    on_cpu = rows_ND.device.type == "cpu"
+def _one_by_one(rows_ND: Tensor, index_BJ: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The chosen rows (J, D) of one anchor after the other: on a CPU they stay in a cache, and for a single anchor a
+    product of matrices is several times faster than a batched one."""
+    if rows_ND.dtype != torch.float32:
+        yield from (rows_ND.index_select(0, index_J).to(dtype) for index_J in index_BJ.unbind())
+        return
     # bags of one row: unlike `index_select` this asks for the next rows ahead
-    each = torch.arange(index_BJ.shape[1]) if on_cpu and rows_ND.dtype == torch.float32 else None
-    for t in _parts(len(index_BJ), 1 if on_cpu else _TILE_BYTES // max(1, row_bytes)):
-        if each is not None:
-            rows = F.embedding_bag(index_BJ[t.start], rows_ND, each, mode="sum")
-        else:
-            rows = rows_ND.index_select(0, index_BJ[t].flatten())
-        yield t, rows.to(dtype).view(t.stop - t.start, -1, rows_ND.shape[1])
+    each_J = torch.arange(index_BJ.shape[1])
+    for index_J in index_BJ.unbind():
+        rows_JD: Tensor = torch.embedding_bag(rows_ND, index_J, each_J)[0]
+        yield rows_JD.to(dtype)
 
 
-# for a single anchor a product of matrices is several times faster than a batched one
-
-
-def _tile_products(anchor_tSD: Tensor, rows_tJD: Tensor) -> Tensor:
-    if len(anchor_tSD) == 1:
-        return (anchor_tSD[0] @ rows_tJD[0].T)[None]
-    return torch.bmm(anchor_tSD, rows_tJD.transpose(1, 2))
-
-
-def _tile_sum(weight_tJ: Tensor, rows_tJD: Tensor) -> Tensor:
-    if len(weight_tJ) == 1:
-        return weight_tJ @ rows_tJD[0]
-    return torch.bmm(weight_tJ[:, None], rows_tJD)[:, 0]
+def _tiles(rows_ND: Tensor, index_BJ: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The chosen rows (t, J, D) of as many anchors at a time as may be gathered."""
+    row_bytes = max(1, index_BJ.shape[1] * rows_ND.shape[1] * rows_ND.element_size())
+    for t in _parts(len(index_BJ), _TILE_BYTES // row_bytes):
+        yield t, rows_ND.index_select(0, index_BJ[t].flatten()).to(dtype).view(t.stop - t.start, -1, rows_ND.shape[1])

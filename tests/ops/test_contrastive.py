@@ -66,21 +66,18 @@ def test_sets_of_anchors_share_the_reading_of_their_rows(form: str):
         torch.testing.assert_close(found, torch.einsum("bd,bmd->bm", anchor, ROWS[INDEX]), atol=1e-12, rtol=0)
 
 
-def test_a_device_gathers_several_anchors_at_a_time(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_a_device_gathers_several_anchors_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Its road, taken on a CPU: `meta` tensors would compute nothing."""
     monkeypatch.setattr(ops_rows, "is_dense", lambda *_: False)
-    expected = contrast(ANCHOR, ROWS, INDEX, P, NOISE, temperature=T)
-    seen: list[int] = []
-    original = ops_rows._tile_products
-
-    def watched(anchor: Tensor, rows: Tensor) -> Tensor:
-        seen.append(len(anchor))
-        return original(anchor, rows)
-
-    monkeypatch.setattr(ops_rows, "_tile_products", watched)
-    monkeypatch.setattr(ops_rows, "_parts", lambda n, step: iter((slice(0, 2), slice(2, n))))
-    for found, value in zip(contrast(ANCHOR, ROWS, INDEX, P, NOISE, temperature=T), expected, strict=True):
-        torch.testing.assert_close(found, value, atol=1e-12, rtol=0)
-    assert seen == [2, 1]
+    monkeypatch.setattr(ops_rows, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(ops_rows, "_TILE_BYTES", at_once * M * D * 8)
+    expected = released(ANCHOR, ROWS, INDEX, NOISE)
+    for known in (None, products((ANCHOR,), ROWS, INDEX)[0]):
+        loss, gradient = contrast(ANCHOR, ROWS, INDEX, P, NOISE, temperature=T, product_BM=known)
+        torch.testing.assert_close(loss + NOISE.constant, expected, atol=1e-10, rtol=0)
+        half = contrast(ANCHOR, ROWS.half(), INDEX, P, NOISE, temperature=T, product_BM=known)[1]
+        torch.testing.assert_close(half, gradient, atol=1e-2, rtol=1e-2)
 
 
 def test_columns_that_do_not_count_change_nothing(form: str):
