@@ -125,21 +125,20 @@ class ContrastPair(nn.Module):
         check_index(choice.index_AM, self.student.n_rows, "the choice of rows to compare with")
         columns = self.placement.columns(choice.index_AM, choice.n_positive, choice.drawn)
         offset_AM = _offset(columns, choice.log_weight_AM)
-        gradients: list[Tensor] = []
-        losses: list[Tensor] = []
+        counts = (choice.n_positive, choice.index_AM.shape[1] - choice.n_positive)
         known = choice.products or (None, None)
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for anchor_AD, bank, z, product_AM in (
-            (anchors[0], self.teacher, self.student_z, known[0]),
-            (anchors[1], self.student, self.teacher_z, known[1]),
+            (_wide(anchors[0]), self.teacher, self.student_z, known[0]),
+            (_wide(anchors[1]), self.student, self.teacher_z, known[1]),
         ):
-            anchor_AD = _wide(anchor_AD)
             if not z.known:
-                [product_AM] = (
-                    products((anchor_AD,), bank.rows_ND, columns.place_AM) if product_AM is None else [product_AM]
-                )
+                if product_AM is None:
+                    [product_AM] = products((anchor_AD,), bank.rows_ND, columns.place_AM)
                 score_AM = product_AM / temperature
                 z.measure(score_AM if offset_AM is None else score_AM + offset_AM, bank.n_rows, world)
-            noise = Noise(z.log_z, choice.n_positive, choice.index_AM.shape[1] - choice.n_positive, bank.n_rows)
+            noise = Noise(z.log_z, *counts, bank.n_rows)
             loss_A, gradient_AD = contrast(
                 anchor_AD,
                 bank.rows_ND,
@@ -150,14 +149,13 @@ class ContrastPair(nn.Module):
                 product_BM=product_AM,
                 offset_BM=offset_AM,
             )
-            losses.append(loss_A)
-            gradients.append(gradient_AD)
+            losses.append(loss_A + noise.constant / self.placement.parts)
+            gradients.append(gradient_AD / len(student_BD))
         home_BX = self.placement.home(torch.cat([*gradients, torch.stack(losses, dim=1)], dim=1))
-        student_BD_, teacher_BD_, loss_B2 = home_BX.split([*(g.shape[1] for g in gradients), 2], dim=1)
-        value = loss_B2.sum(dim=1).mean() + 2 * noise.constant
+        *found, loss_B2 = home_BX.split([*(gradient_AD.shape[1] for gradient_AD in gradients), 2], dim=1)
         own = [student_BD, teacher_BD]
-        mean = [(g / len(x)).to(x.dtype) for g, x in zip((student_BD_, teacher_BD_), own, strict=True)]
-        return inject(value, own, mean)
+        at_own = [gradient_BD.to(x.dtype) for gradient_BD, x in zip(found, own, strict=True)]
+        return inject(loss_B2.sum(dim=1).mean(), own, at_own)
 
 
 def choose(

@@ -151,5 +151,5 @@ class Sharded:
 
 
 def capacity(share: float, n: int) -> int:
-    """Columns to set aside for a share of `n` draws: exceeded less often than once in 10^20 draws."""
+    """Columns to set aside for a share of `n` draws: exceeded less often than once in 10^15 anchors."""
     return min(n, math.ceil(share * n + 10 * math.sqrt(share * n) + 16))

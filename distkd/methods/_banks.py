@@ -30,7 +30,7 @@ class BankConfig(StrictConfig):
     """`replicated`: all rows on every rank. `sharded`: row n on rank n mod ranks; the same results."""
     dtype: Literal["run", "bf16", "fp16"] = "run"
     """Precision of the rows, `run` for that of the weights; sums are taken in float32 or wider. A half-precision row is
-    rounded, which moves its cosines by less than 2^-8 (bf16) or 2^-11 (fp16)."""
+    rounded, which moves its cosines by less than 2^-8 (bf16) or 2^-11 (fp16), also between numbers of ranks."""
     memory_share: float = Field(default=0.5, gt=0, le=1)
     """Banks that would take more than this share of the memory of the device, or of the host, are refused."""
     check_every: NonNegativeInt = 100
@@ -90,7 +90,9 @@ def _largest_shares(label_N: Tensor, parts: int) -> tuple[float, float]:
     """Of all classes the largest share that lies on one rank: of the class itself, and of all rows but the class."""
     part_N = torch.arange(len(label_N)) % parts
     total_P = torch.bincount(part_N, minlength=parts)
-    own, others = 1 / parts, (total_P / len(label_N)).max().item()
+    # an anchor without a label has its own row in every column of its positives
+    own = 1.0 if (label_N < 0).any() else 1 / parts
+    others = (total_P / len(label_N)).max().item()
     for label in label_N[label_N >= 0].unique():
         class_P = torch.bincount(part_N[label_N == label], minlength=parts)
         own = max(own, (class_P.max() / class_P.sum()).item())

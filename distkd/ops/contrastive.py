@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,12 @@ class Noise:
 
 def _has_kernel(anchor_BD: Tensor) -> bool:
     # float64 is for laws and golden numbers, and the kernel takes its constants in float32
-    return anchor_BD.is_cuda and anchor_BD.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+    return anchor_BD.is_cuda and anchor_BD.dtype == torch.float32 and _is_there("triton")
+
+
+@cache
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def log_normaliser(log_total: Tensor, count: Tensor, n_rows: int) -> Tensor:

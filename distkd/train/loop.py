@@ -84,6 +84,8 @@ def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[Ste
     out = StepOutput.merge(outs)
     if job.undo is not None and not update.applied:
         job.undo.back()
+        for arriving in out.rows:  # nobody leaves a collective behind
+            arriving.wait()
         return out, update
     with watch.phase("collective"), job.engine.whole() if job.method.follows_weights else nullcontext():
         job.method.after_step(out, job.world)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from distkd.base import World
 from distkd.errors import ConfigError
+from distkd.memory.candidates import Candidates
 from distkd.memory.placement import Replicated, Sharded
 from distkd.methods import Setup
 from distkd.methods._banks import BankConfig, Banks
@@ -51,6 +52,19 @@ def test_columns_are_set_aside_for_the_worst_class():
     placement = banks(World(rank=0, size=2), labels=torch.arange(24) // 12, placement="sharded").placement
     assert isinstance(placement, Sharded)
     assert placement.shares == (0.5, 0.5)
+
+
+def test_an_anchor_without_a_label_has_all_its_positives_in_one_place():
+    labels = (torch.arange(2000) // 2 % 3).where(torch.arange(2000) % 10 > 0, -1)
+    placement = banks(World(rank=0, size=2), labels=labels, placement="sharded").placement
+    assert isinstance(placement, Sharded)
+    candidates = Candidates(labels, n_positive=300, n_negative=40)
+    index = torch.tensor([0, 10, 1, 3])
+    drawn = candidates(index, index)
+    assert drawn[0, :300].unique().tolist() == [0]
+    columns = placement.columns(drawn, 300, (300, 40))
+    counted = torch.isfinite(columns.offset_AM).sum(dim=1)
+    assert counted.tolist() == (drawn % 2 == 0).sum(dim=1).tolist()
 
 
 def test_banks_beyond_their_share_of_the_memory_are_refused_with_every_way_out():

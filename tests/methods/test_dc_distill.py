@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distkd.base import Batch, Outputs, World
 from distkd.comm.agreement import LossRule
+from distkd.comm.packed import Gathering
 from distkd.errors import ConfigError
 from distkd.methods import dc_distill
 from distkd.methods.dc_distill import SIDES, DCDistill
@@ -211,6 +212,19 @@ def test_alpha_and_beta_scale_their_losses():
         factor = 0.5 if name.startswith("kl") else 0.1 / 0.02
         assert parts[1][name].item() == pytest.approx(factor * parts[0][name].item(), rel=1e-12), name
     assert parts[0]["task"] == parts[1]["task"]
+
+
+def test_the_gather_of_rows_is_waited_for_after_the_update(monkeypatch: pytest.MonkeyPatch):
+    """So that it runs beside the backward."""
+    waited: list[str] = []
+    original = Gathering.wait
+    monkeypatch.setattr(Gathering, "wait", lambda self: waited.append("wait") or original(self))
+    method = student_of()
+    out = method.step(method.trainable, batch_of([0, 1, 2, 5]), World())
+    out.loss.backward()
+    assert waited == []
+    method.after_step(out, World())
+    assert waited == ["wait"]
 
 
 # the two readings
