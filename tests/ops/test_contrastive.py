@@ -14,6 +14,7 @@ from distkd.ops import rows as ops_rows
 from distkd.ops.contrastive import EPSILON, Noise, contrast, noise_contrast
 from distkd.ops.injected import inject
 from distkd.ops.rows import check_index, products, scan, weighted_sum
+from tests.golden_numbers import golden
 
 B, D, N, M, P, T = 3, 8, 60, 25, 4, 0.07
 GENERATOR = torch.Generator().manual_seed(3)
@@ -152,3 +153,11 @@ def test_the_loss_compiles_as_one_graph(backend: str):
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
     for found, expected in zip(compiled(score), loss(score), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("name", "n_rows"), [("cifar100", 50_000), ("imagenet", 1_281_167)])
+def test_the_constant_of_epsilon_is_golden(name: str, n_rows: int):
+    constants = golden("crd")["constants"]
+    noise = Noise(torch.tensor(0.0), 1, 16384, n_rows)
+    assert noise.constant == pytest.approx(constants[f"constant_offset_from_eps_{name}"], rel=1e-9)
+    assert math.exp(noise.bias) == pytest.approx(constants[f"{name}_mPn"] + EPSILON, rel=1e-12)
