@@ -74,8 +74,7 @@ def trace(world: World, *, config: dict[str, Any], cache: Path) -> tuple[list[fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("method", ["logit_kd", "dc_distill"])
+@pytest.mark.parametrize("method, size", [("logit_kd", 1), ("dc_distill", 2)])
 def test_compiled_equals_eager(ranks: Any, shards: Path, root: Path, cache: Path, method: str, size: int):
     """In float64, with dropout and with batch statistics over the ranks; and twice the same, bit for bit."""
     eager, compiled = (config_of(method, shards, root, compile=compile) for compile in (False, True))
