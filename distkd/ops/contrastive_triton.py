@@ -7,6 +7,7 @@ Imported only where Triton is installed. `ops.contrastive.contrast` is the refer
 # pyright: reportMissingImports=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false, reportUntypedFunctionDecorator=false
 # pyright: reportMissingParameterType=false, reportMissingTypeArgument=false, reportIndexIssue=false
+# pyright: reportMissingTypeStubs=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 # Shapes: B anchors, D embedding, N bank rows, M columns, S blocks of columns
 
