@@ -57,9 +57,9 @@ class World:
 class InputSpec:
     """What a model receives of one modality, after the transform and without the batch dimension."""
 
-    kind: Literal["vector", "image"]
+    kind: Literal["vector", "image", "volume"]
     shape: tuple[int, ...]
-    """(features,) of a vector, (channels, height, width) of an image."""
+    """(features,) of a vector, (channels, height, width) of an image, (channels, x, y, z) of a volume."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class Batch:
     """
 
     views: tuple[dict[str, Tensor], ...]
-    """Independently augmented copies; each maps a modality to (B, ...) values, float."""
+    """Independently augmented copies; each maps a modality to (B, ...) values, float. The target of a segmentation is
+    among them, int64 (B, x, y, z) class numbers, `UNLABELLED` where a sample has none."""
     present: dict[str, Tensor]
     """Modality to (B,) bool; where it is false the values are zero."""
     label_B: Tensor
@@ -101,14 +102,18 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On `device`, with floating-point inputs as `dtype`; this one where it is so already."""
+
+        def made(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() else x.dtype, non_blocking=True)
+
         values = [x for view in self.views for x in view.values()]
-        if self.label_B.device == device and all(x.device == device and x.dtype == dtype for x in values):
+        if self.label_B.device == device and all(
+            x.device == device and (x.dtype == dtype or not x.is_floating_point()) for x in values
+        ):
             return self
         return replace(
             self,
-            views=tuple(
-                {name: x.to(device, dtype, non_blocking=True) for name, x in view.items()} for view in self.views
-            ),
+            views=tuple({name: made(x) for name, x in view.items()} for view in self.views),
             present={name: x.to(device, non_blocking=True) for name, x in self.present.items()},
             label_B=self.label_B.to(device, non_blocking=True),
             index_B=self.index_B.to(device, non_blocking=True),

@@ -145,7 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     shards = _command(commands, "shards", _shards, "look at a shard set, or check every byte of it")
     shards.add_argument("action", choices=("info", "verify", "show"), help="numbers, checksums, or a picture")
     shards.add_argument("folder", type=Path, help="shard set, with its manifest.json")
-    shards.add_argument("--output", type=Path, help="picture that `show` writes (default: samples.png in the folder)")
+    shards.add_argument("--json", action="store_true", default=None, help="info: the same numbers for scripts")
+    shards.add_argument("--threads", type=_positive, help="verify: files at a time (default: one per core)")
+    shards.add_argument("--output", type=Path, help="show: picture to write (default: samples.png in the folder)")
+    which = shards.add_mutually_exclusive_group()
+    which.add_argument("--per-class", type=_positive, help="show: samples of each class (default: 4)")
+    which.add_argument("--samples", nargs="+", metavar="KEY", help="show: these samples instead")
+    shards.add_argument("--fold", type=int, help="show: say which split of this fold each sample is in")
 
     config = _command(commands, "config", _config, "the resolved config")
     config.add_argument("config", nargs="?", type=Path, help="YAML file")
@@ -180,6 +186,12 @@ def _numbers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"cannot read {part!r} in {text!r}; expected numbers such as 0-4 or 0,3,7")
         found += numbers
     return found
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"cannot read {text!r}; expected a whole number of 1 or more")
+    return int(text)
 
 
 def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
@@ -300,18 +312,32 @@ def _report(arguments: argparse.Namespace, rest: list[str], world: World) -> int
 
 
 def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.data.show import info, show
-    from distkd.data.wds import ShardSet
+    from distkd.data.shardset import ShardSet
 
     _no_rest(rest)
+    options = {"info": ("json",), "verify": ("threads",), "show": ("output", "per_class", "samples", "fold")}
+    for action, names in options.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+        if given and action != arguments.action:
+            raise ConfigError(f"{given[0]} is an option of `shards {action}`, not of `shards {arguments.action}`")
     shards = ShardSet(arguments.folder)
     if arguments.action == "info":
-        print(info(shards))
+        from distkd.data.look.info import info
+        from distkd.data.look.summary import summary
+
+        print(summary(shards).to_json() if arguments.json else info(shards))
     elif arguments.action == "verify":
-        shards.verify()
-        print(f"{arguments.folder}: every byte is as the manifest says")
+        from distkd.data.look.info import verified
+
+        print(verified(shards, arguments.threads))
     else:
-        print(show(shards, arguments.output or arguments.folder / "samples.png"))
+        from distkd.data.look.show import show
+
+        out = arguments.output or arguments.folder / "samples.png"
+        shown = show(shards, out, per_class=arguments.per_class or 4, keys=arguments.samples, fold=arguments.fold)
+        for note in shown.left_out:
+            _say(world, note)
+        print(shown.path)
     return DONE
 
 

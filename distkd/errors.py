@@ -10,6 +10,7 @@ __all__ = [
     "Interrupted",
     "LostRankError",
     "NonFiniteError",
+    "SampleError",
     "ShapeError",
 ]
 
@@ -32,6 +33,14 @@ class DataError(DistkdError):
     """A shard, a manifest, a raw file or a split is wrong."""
 
     kind = "data"
+
+
+class SampleError(DataError):
+    """The bytes of one sample are damaged; `data.on_error: skip` goes on without it."""
+
+    def __init__(self, message: str, sample: int):
+        super().__init__(message)
+        self.sample = sample
 
 
 class CheckpointError(DistkdError):

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from distkd.data.manifest import Description, Modality
-from distkd.data.recipe import Made, arguments, raw_file, read_table, run, track
+from distkd.data.raw.recipe import Made, arguments, raw_file, read_table, run
 from distkd.data.splits import patient_folds
-from distkd.data.write import ShardWriter
+from distkd.data.write import Sample, ShardWriter
 from distkd.errors import ConfigError, DataError
 
 NEEDS_RAW = True
@@ -54,24 +55,10 @@ def make(raw: Path | None, out: Path, *, coarse: tuple[int, ...] = COARSE, seed:
         "clusters of LC25000-clean",
         licence="no licence text; free to download for research; not to be shipped",
     )
-    with ShardWriter(out, description) as writer:
-        for row in track(sorted(rows, key=lambda row: row["file"]), "tiles"):
-            if row["class_name"] not in CLASS_NAMES or row["label"] != str(CLASS_NAMES.index(row["class_name"])):
-                raise DataError(
-                    f"{row['file']!r} has class {row['class_name']!r}, label {row['label']!r} in labels.csv, expected "
-                    f"{', '.join(f'{name} {label}' for label, name in enumerate(CLASS_NAMES))}; mend labels.csv"
-                )
-            grey = _grey(raw_file(raw, row["file"], FOLDER))
-            arrays = {
-                name: np.asarray(grey.resize((size, size), Image.Resampling.BOX))[:, :, None]
-                for name, size in sizes.items()
-            }
-            writer.add(
-                Path(row["file"]).stem,
-                arrays,
-                patient=f"{row['class_name']}-{row['source_tile']}",
-                label=int(row["label"]),
-            )
+    order = sorted(rows, key=lambda row: row["file"])
+    with ShardWriter(out, description, options=f"coarse {coarse} seed {seed}") as writer:
+        items = ((Path(row["file"]).stem, partial(_sample, raw, row, sizes)) for row in order)
+        writer.add_all(items, total=len(order), label="tiles")
         writer.split(
             patient_folds(writer.patients, writer.labels, n_folds=N_FOLDS, val_share=VAL_SHARE, seed=seed),
             rule=f"{N_FOLDS} folds by original tile, stratified by class; {VAL_SHARE:g} of the rest for validation",
@@ -79,6 +66,19 @@ def make(raw: Path | None, out: Path, *, coarse: tuple[int, ...] = COARSE, seed:
         )
     assert writer.manifest is not None
     return Made(writer.manifest)
+
+
+def _sample(raw: Path, row: dict[str, str], sizes: dict[str, int]) -> Sample:
+    if row["class_name"] not in CLASS_NAMES or row["label"] != str(CLASS_NAMES.index(row["class_name"])):
+        raise DataError(
+            f"{row['file']!r} has class {row['class_name']!r}, label {row['label']!r} in labels.csv, expected "
+            f"{', '.join(f'{name} {label}' for label, name in enumerate(CLASS_NAMES))}; mend labels.csv"
+        )
+    grey = _grey(raw_file(raw, row["file"], FOLDER))
+    arrays = {
+        name: np.asarray(grey.resize((size, size), Image.Resampling.BOX))[:, :, None] for name, size in sizes.items()
+    }
+    return Sample(arrays, patient=f"{row['class_name']}-{row['source_tile']}", label=int(row["label"]))
 
 
 def _grey(path: Path) -> Image.Image:

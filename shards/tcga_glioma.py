@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from distkd.data.manifest import Description, Fold, Modality
-from distkd.data.recipe import Made, Skipped, arguments, number, raw_file, read_table, run, track
+from distkd.data.raw.recipe import Made, Skipped, arguments, number, raw_file, read_table, run, track
 from distkd.data.splits import hold_out
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError

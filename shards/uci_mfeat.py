@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distkd.data.manifest import Description, Modality
-from distkd.data.recipe import Made, arguments, raw_file, run, track
+from distkd.data.raw.recipe import Made, arguments, raw_file, run, track
 from distkd.data.splits import patient_folds
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError

@@ -413,10 +413,19 @@ def test_shards_info_counts_what_is_there(small: Small, capsys: Capture):
     assert "outcome: it is known only after the label" in text
 
 
+def test_shards_info_for_scripts_is_json(small: Small, capsys: Capture):
+    assert main(["shards", "info", str(small.shards), "--json"]) == DONE
+    found = json.loads(capsys.readouterr().out)
+    assert (found["task"], found["samples"], found["patients"]) == ("toy", 54, 27)
+    assert found["modalities"]["slide"]["shape"] == [12, 10, 3]
+
+
 def test_shards_verify_reads_every_byte(tmp_path: Path, capsys: Capture):
     write_toy(tmp_path / "shards")
-    assert main(["shards", "verify", str(tmp_path / "shards")]) == DONE
-    assert capsys.readouterr().out.endswith("every byte is as the manifest says\n")
+    assert main(["shards", "verify", str(tmp_path / "shards"), "--threads", "1"]) == DONE
+    text = capsys.readouterr().out
+    assert re.match(r"checked \d+ files, \d+\.\d kB, 48 samples with \d+ values in .*/s, 1 thread\n", text)
+    assert text.endswith("every byte is as the manifest says\n")
     tar = min((tmp_path / "shards").glob("*.tar"))
     content = bytearray(tar.read_bytes())
     content[600] ^= 1
@@ -433,6 +442,28 @@ def test_shards_show_draws_a_picture(small: Small, tmp_path: Path, capsys: Captu
     assert main(["shards", "show", str(small.shards), "--output", str(picture)]) == DONE
     assert capsys.readouterr().out == f"{picture}\n"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["info", "--fold", "0"], "--fold is an option of `shards show`, not of `shards info`"),
+        (["show", "--json"], "--json is an option of `shards info`, not of `shards show`"),
+        (["show", "--threads", "2"], "--threads is an option of `shards verify`, not of `shards show`"),
+        (["show", "--fold", "9"], "fold 9 is not in"),
+        (["show", "--samples", "nobody"], "has no sample 'nobody'"),
+    ],
+)
+def test_shards_options_that_do_not_fit_are_refused(words: list[str], message: str, small: Small, capsys: Capture):
+    assert main(["shards", words[0], str(small.shards), *words[1:]]) == USER
+    assert message in capsys.readouterr().err
+    assert not (small.shards / "samples.png").exists()
+
+
+@pytest.mark.parametrize("words", [["verify", "--threads", "0"], ["show", "--per-class", "-1"]])
+def test_shards_counts_are_one_or_more(words: list[str], capsys: Capture):
+    assert left(["shards", words[0], "a", *words[1:]]) == USER
+    assert f"cannot read {words[2]!r}; expected a whole number of 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "show"])

@@ -74,7 +74,7 @@ def test_every_mistake_is_named_at_once_with_its_path(tmp_path: Path):
             "model.encoders.path.name: input should be 'auto', 'mlp', 'snn', 'cnn' or 'resnet18', found 'cn'",
             "model.feature_dim: input should be a valid integer, got a number with a fractional part, found 1.5",
             "model.lr: unknown key; did you mean 'optim.lr'?",
-            "data.shards: input is not a valid path, found 7",
+            "data.shards: input should be a valid string, found 7",
             "data.augment.hflip: input should be less than or equal to 1, found 2",
             "data.augment.crop: input should be a valid number; or input should be a valid dictionary, found [1, 2]",
             "optim.betas.1: input should be less than 1, found 1.7",

@@ -1,7 +1,8 @@
 """Random changes of an input as functions of a key: the same key gives the same change, in any batch, on any rank.
 
 Only exactly rounded arithmetic and table look-ups touch the values: the result of numpy's other functions may depend
-on where in an array a value stands, and so on the batch.
+on where in an array a value stands, and so on the batch; that of some of torch's (`interpolate`) on the number of
+threads, and so on the world size. `grid_sample` of one image is the same bits with any number of threads.
 """
 
 # Shapes: B samples, F features, H height, W width, C channels
@@ -9,20 +10,34 @@ on where in an array a value stands, and so on the batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import permutations
 from statistics import NormalDist
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from distkd.base import StrictConfig
-from distkd.ops.draws import fold_in, text_key, uniform
+from distkd.errors import ConfigError
+from distkd.ops.draws import counted, fold_in, text_key, uniform
 
-__all__ = ["AugmentConfig", "ImageDraw", "crop_image", "crop_size", "image_draws", "jitter_matrix", "vary_vectors"]
+__all__ = [
+    "AugmentConfig",
+    "ImageDraw",
+    "crop_image",
+    "crop_size",
+    "image_draws",
+    "jitter_matrix",
+    "jitter_steps",
+    "normal_noise",
+    "vary_vectors",
+    "warp_image",
+]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, lt=1)]
@@ -46,6 +61,18 @@ class AugmentConfig(StrictConfig):
     crop: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1.0
     """Side of a random square crop: up to 1 a share of the image's side, above 1 pixels; one for all or per modality.
     Its relative position is the same in all images of a sample. Sets the model's input size, in evaluation too."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Images are turned about the crop's centre by -rotation .. rotation degrees."""
+    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    """Images are enlarged about the crop's centre by a factor of this range, the same in both directions."""
+    shift: tuple[Amount, Amount] = (0.0, 0.0)
+    """Images are moved by up to these shares of the crop's width and height, either way."""
+    affine_probability: Probability = 1.0
+    """Of each of rotation, scale and shift, drawn one by one."""
+    warps: Literal["composed", "successive"] = "composed"
+    """Rotation, scale and shift as one bilinear resampling, which reads around the crop where the image goes on; or
+    each as one of its own, of what the one before left of the crop (the source's way: blurs up to three times). Zeros
+    outside."""
     brightness: Amount = 0.0
     """Images are multiplied by 1 - amount .. 1 + amount."""
     contrast: Amount = 0.0
@@ -54,10 +81,29 @@ class AugmentConfig(StrictConfig):
     """Distances from each pixel's grey are multiplied by 1 - amount .. 1 + amount; colour images only."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Colours are turned around the grey axis by -amount .. amount of a full turn; colour images only."""
+    jitter_probability: Probability = 1.0
+    """Of changing brightness, contrast, saturation and hue, all four."""
+    jitter_order: Literal["fixed", "random"] = "fixed"
+    """`fixed`: all at once, then clamped to 0..1; without clamping in between, no order would differ from another.
+    `random`: brightness, contrast and saturation in an order drawn for each sample, then hue, clamped after each. The
+    source draws one order for a batch, which would make a view depend on the batch that it is in."""
     vector_noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of normal noise on vectors, in standard deviations of each column."""
     vector_dropout: Amount = 0.0
     """Probability that a vector's value is replaced by its column's training mean."""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(f"data.augment.scale={self.scale} is empty; give the lower end first")
+        return self
+
+
+Colour = Literal["brightness", "contrast", "saturation", "hue"]
+
+_ORDERS: tuple[tuple[Colour, ...], ...] = tuple(
+    (*order, "hue") for order in permutations(("brightness", "contrast", "saturation"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +119,23 @@ class ImageDraw:
     contrast: float
     saturation: float
     hue: float
+    angle: float = 0.0
+    """Degrees, from the x axis towards the y axis, which points down."""
+    scale: float = 1.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    """Shares of the crop's width and height."""
+    successive: bool = False
+    """Angle, scale and shift as a resampling each."""
+    order: tuple[Colour, ...] = ()
+    """Of the steps of the jitter; empty: all at once."""
+
+    @property
+    def warps(self) -> bool:
+        return self.angle != 0.0 or self.scale != 1.0 or self.shift != (0.0, 0.0)
+
+    @property
+    def jitters(self) -> bool:
+        return not self.brightness == self.contrast == self.saturation == 1.0 or self.hue != 0.0
 
 
 CENTRE = ImageDraw(top=0.5, left=0.5, hflip=False, vflip=False, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0)
@@ -80,20 +143,29 @@ CENTRE = ImageDraw(top=0.5, left=0.5, hflip=False, vflip=False, brightness=1.0, 
 
 def image_draws(config: AugmentConfig, key_B: Tensor) -> list[ImageDraw]:
     """The draws of each view key."""
-    u_B8: list[list[float]] = uniform(fold_in(key_B, text_key("image")), 8, dtype=torch.float64).numpy().tolist()
-    return [
-        ImageDraw(
-            top=u[0],
-            left=u[1],
-            hflip=u[2] < config.hflip,
-            vflip=u[3] < config.vflip,
-            brightness=1 + config.brightness * (2 * u[4] - 1),
-            contrast=1 + config.contrast * (2 * u[5] - 1),
-            saturation=1 + config.saturation * (2 * u[6] - 1),
-            hue=config.hue * (2 * u[7] - 1),
-        )
-        for u in u_B8
-    ]
+    u_B: list[list[float]] = uniform(fold_in(key_B, text_key("image")), 17, dtype=torch.float64).numpy().tolist()
+    return [_image_draw(config, u) for u in u_B]
+
+
+def _image_draw(config: AugmentConfig, u: list[float]) -> ImageDraw:
+    jitter = 1.0 if u[15] < config.jitter_probability else 0.0
+    turned, scaled, shifted = (u[place] < config.affine_probability for place in (8, 10, 12))
+    low, high = config.scale
+    return ImageDraw(
+        top=u[0],
+        left=u[1],
+        hflip=u[2] < config.hflip,
+        vflip=u[3] < config.vflip,
+        brightness=1 + jitter * config.brightness * (2 * u[4] - 1),
+        contrast=1 + jitter * config.contrast * (2 * u[5] - 1),
+        saturation=1 + jitter * config.saturation * (2 * u[6] - 1),
+        hue=jitter * config.hue * (2 * u[7] - 1),
+        angle=config.rotation * (2 * u[9] - 1) if turned else 0.0,
+        scale=low + (high - low) * u[11] if scaled else 1.0,
+        shift=(config.shift[0] * (2 * u[13] - 1), config.shift[1] * (2 * u[14] - 1)) if shifted else (0.0, 0.0),
+        successive=config.warps == "successive",
+        order=_ORDERS[int(u[16] * len(_ORDERS))] if config.jitter_order == "random" else (),
+    )
 
 
 def crop_size(crop: float | dict[str, float], modality: str, height: int, width: int) -> tuple[int, int]:
@@ -106,12 +178,65 @@ def crop_size(crop: float | dict[str, float], modality: str, height: int, width:
 
 def crop_image(image_HWC: np.ndarray, size: tuple[int, int], draw: ImageDraw) -> np.ndarray:
     """A view of the pixels: nothing is copied."""
-    height, width = size
-    # rounded, not floored: a coarse and a fine copy of a scene are then cut at one place, up to half a coarse pixel
-    top = int(draw.top * (image_HWC.shape[0] - height) + 0.5)
-    left = int(draw.left * (image_HWC.shape[1] - width) + 0.5)
+    (height, width), (top, left) = size, _corner(image_HWC.shape, size, draw)
     cut = image_HWC[top : top + height, left : left + width]
     return cut[:: -1 if draw.vflip else 1, :: -1 if draw.hflip else 1]
+
+
+def _corner(shape: tuple[int, ...], size: tuple[int, int], draw: ImageDraw) -> tuple[int, int]:
+    # rounded, not floored: a coarse and a fine copy of a scene are then cut at one place, up to half a coarse pixel
+    return int(draw.top * (shape[0] - size[0]) + 0.5), int(draw.left * (shape[1] - size[1]) + 0.5)
+
+
+def warp_image(image_HWC: np.ndarray, size: tuple[int, int], draw: ImageDraw) -> np.ndarray:
+    """The crop, mirrored, turned, scaled, shifted, in this order; bilinear between pixels, zeros outside.
+
+    Returns:
+        Float32 (height, width, C), in the units of the image, a copy.
+    """
+    if not draw.successive:
+        about = _crop_to_image(image_HWC.shape, size, draw)
+        return _sample(image_HWC, about @ _inverse(draw, size), size)
+    made = crop_image(image_HWC, size, draw)
+    still = replace(draw, angle=0.0, scale=1.0, shift=(0.0, 0.0))
+    for step in (replace(still, angle=draw.angle), replace(still, scale=draw.scale), replace(still, shift=draw.shift)):
+        if step.warps:
+            made = _sample(made, _inverse(step, size), size)
+    return made
+
+
+def _inverse(draw: ImageDraw, size: tuple[int, int]) -> np.ndarray:
+    """From where a pixel of the result comes: 3 x 3, in pixels (x, y, 1) from the crop's centre."""
+    height, width = size
+    cos, sin = (f(math.radians(draw.angle)) / draw.scale for f in (math.cos, math.sin))
+    turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    back = np.array([[1, 0, -draw.shift[0] * width], [0, 1, -draw.shift[1] * height], [0, 0, 1]])
+    return turn @ back
+
+
+def _crop_to_image(shape: tuple[int, ...], size: tuple[int, int], draw: ImageDraw) -> np.ndarray:
+    """From the crop's centre to the image's: 3 x 3, in pixels, mirrored as drawn."""
+    (height, width), (top, left) = size, _corner(shape, size, draw)
+    x, y = left + width / 2 - shape[1] / 2, top + height / 2 - shape[0] / 2
+    return np.array([[-1 if draw.hflip else 1, 0, x], [0, -1 if draw.vflip else 1, y], [0, 0, 1]])
+
+
+def _sample(image_HWC: np.ndarray, source: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The image at places `source` (x, y, 1), pixels from the centres of result and image."""
+    height, width = image_HWC.shape[:2]
+    # torch counts both in half sides
+    theta = np.diag([2 / width, 2 / height]) @ source[:2] @ np.diag([size[1] / 2, size[0] / 2, 1])
+    image = torch.as_tensor(np.array(image_HWC.transpose(2, 0, 1), dtype=np.float32, order="C"))[None]
+    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32)[None], [1, 1, *size], align_corners=False)
+    made = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return made[0].numpy().transpose(1, 2, 0)
+
+
+def jitter_steps(draw: ImageDraw) -> list[ImageDraw]:
+    """The jitter's factors one at a time, in the order drawn; those that change nothing are left out."""
+    plain = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    steps = [replace(draw, order=(), **{**plain, name: getattr(draw, name)}) for name in draw.order]
+    return [step for step in steps if step.jitters]
 
 
 def jitter_matrix(draw: ImageDraw, channels: int, mean_grey: float) -> tuple[np.ndarray, float]:
@@ -150,6 +275,12 @@ def vary_vectors(vector_BF: np.ndarray, config: AugmentConfig, modality: str, ke
         kept_BF = uniform(fold_in(key_B, 1), n_features, dtype=torch.float64).numpy() >= config.vector_dropout
         vector_BF = np.where(kept_BF, vector_BF, np.float32(0))
     return vector_BF
+
+
+def normal_noise(key: Tensor, n: int) -> np.ndarray:
+    """`n` standard normal numbers of one key, float32; 16 random bits each, so four cost one hash."""
+    bits = counted(key.reshape(()), -(-n // 4)).view(torch.int16)[:n].numpy()
+    return _normal_table()[bits.astype(np.int32) + (1 << (_NORMAL_BITS - 1))]
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -10,13 +11,20 @@ from PIL import Image, UnidentifiedImageError
 
 from distkd.data.manifest import Modality
 
-__all__ = ["DecodeError", "decode", "decode_image", "encode"]
+__all__ = ["DecodeError", "Encoded", "decode", "decode_image", "encode"]
 
 JPEG_QUALITY = 95
 
 
 class DecodeError(ValueError):
     """The bytes do not hold what the modality promises; the reader adds shard and sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A png, jpg or npy file as it is: stored without being encoded again, which would cost time and blur a jpg."""
+
+    data: bytes
 
 
 @lru_cache(maxsize=256)

@@ -9,47 +9,30 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
 from torch import Tensor
 
-from distkd.base import UNLABELLED, Batch, InputSpec, StrictConfig
-from distkd.data.augment import CENTRE, AugmentConfig, image_draws
-from distkd.data.manifest import MANIFEST, SPLITS, Split, check_modality
-from distkd.data.splits import check_classes, split_numbers
-from distkd.data.transform import Preprocess, fit_image, fit_vector
-from distkd.data.wds import ShardSet
-from distkd.errors import ConfigError, DataError
-from distkd.ops.draws import fold_in, integer_key, text_key
+from distkd.base import UNLABELLED, Batch, InputSpec
+from distkd.data.augment import CENTRE, image_draws
+from distkd.data.cache import Cache
+from distkd.data.config import DataConfig
+from distkd.data.manifest import MANIFEST, SPLITS, Split, check_modality, closest
+from distkd.data.remote.stream import samples_of_shards
+from distkd.data.shardset import ShardSet
+from distkd.data.splits import check_classes, choose_labelled, split_numbers
+from distkd.data.transform import Fitted, Preprocess, fit_degraded, fit_image, fit_vector, fit_volume
+from distkd.data.unreadable import Unreadable
+from distkd.data.volume_reader import VolumeReader
+from distkd.errors import ConfigError, DataError, SampleError
+from distkd.ops.draws import fold_in, integer_key
 
-__all__ = ["DataConfig", "Dataset", "choose_labelled"]
+__all__ = ["DataConfig", "Dataset", "Spare"]
 
-
-class DataConfig(StrictConfig):
-    """Which shard set, which part of it, and how samples are varied."""
-
-    shards: Path | None = None
-    """Folder of a shard set; with `make` it is where the set is made if it is not there yet."""
-    make: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")] | None = None
-    """Recipe of the repository's `shards/` folder that makes the set from what the repository holds."""
-    fold: NonNegativeInt = 0
-    """Number of the fold."""
-    labelled: PositiveInt | None = None
-    """Training samples that keep their label, by class shares and seed; the others are distilled only. None: all."""
-    views: PositiveInt = 1
-    """Independently augmented copies of each training sample; a method may ask for more."""
-    augment: AugmentConfig = AugmentConfig()
-    image_mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.5,)
-    """Subtracted from images of 0..1; one value, or one per channel."""
-    image_std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.5,)
-    """Divisor of images after the mean is subtracted; one value, or one per channel."""
-    threads: NonNegativeInt = 2
-    """Threads that decode, beside the one that prepares the next batches; 0 does all of it in the training thread."""
-    cache_mib: NonNegativeInt = 1024
-    """Decoded samples kept in memory: a modality is, if all of it fits into what is left; smallest first."""
+Spare = Callable[[int, int], int]
+"""(place in the batch, attempt from 1 on) to the sample that stands in for one that cannot be read."""
 
 
 class Dataset:
@@ -65,25 +48,28 @@ class Dataset:
         self.modalities = list(dict.fromkeys(modalities))
         if not self.modalities:
             raise ConfigError(f"no modality is asked for; name some of {', '.join(sorted(manifest.modalities))}")
-        for name in self.modalities:
-            if check_modality(manifest, name).kind == "volume":
-                raise DataError(f"modality {name!r} is a volume, which this loader cannot read; use vectors and images")
+        self._source = {name: self._source_of(name) for name in self.modalities}
+        """Modality to the stored one that it is made of."""
         self._of_split = {split: split_numbers(manifest, config.fold, split) for split in SPLITS}
         if len(self._of_split["train"]) == 0:
             raise DataError(
                 f"fold {config.fold} of {str(shard_set.folder)!r} has no training samples; choose another data.fold"
             )
-        check_classes(manifest, config.fold)
+        if manifest.problem == "classification":
+            check_classes(manifest, config.fold)
         self._label_S = np.array(manifest.samples.label, dtype=np.int64)
         self._row_S = np.full(len(shard_set), -1, dtype=np.int64)
         self._row_S[self._of_split["train"]] = np.arange(len(self._of_split["train"]))
-        self._has = {name: shard_set.has(name) for name in self.modalities}
-        self._cache = _Cache(shard_set, self.modalities, config.cache_mib << 20)
+        self._has = {name: shard_set.has(source) for name, source in self._source.items()}
+        cached = [name for name in self._source.values() if manifest.modalities[name].kind != "volume"]
+        self._cache = Cache(shard_set, cached, 0 if config.streams else config.cache_mib << 20)
+        self.unreadable = Unreadable(config.on_error, len(shard_set), config.max_skipped)
         self._pool: ThreadPoolExecutor | None = None
         self._pool_process = -1
         self.train_label_N = self._hide_labels()
         """Labels of the training set, int64 in the order of `index_B`; -1 where unknown or hidden."""
         self.preprocess = self._fit()
+        self._volumes = self._volume_reader()
 
     @property
     def folder(self) -> Path:
@@ -120,6 +106,10 @@ class Dataset:
             raise ConfigError(f"unknown split {split!r}; available: {', '.join(SPLITS)}")
         return self._of_split[split]
 
+    def samples_of_shards(self, split: Split) -> list[np.ndarray]:
+        """Numbers in the manifest of a split's samples, by the shard that they lie in."""
+        return samples_of_shards(self.shard_set.manifest, self.split_samples(split))
+
     def describe(self, sample: int) -> dict[str, Any]:
         """Key, patient, group and label of a sample, as the manifest has them."""
         columns = self.shard_set.manifest.samples
@@ -135,7 +125,7 @@ class Dataset:
         manifest = self.shard_set.manifest
         content = (self.folder / MANIFEST).read_bytes()
         return {
-            "folder": str(self.folder),
+            "folder": self.shard_set.place,
             "manifest_sha256": hashlib.sha256(content).hexdigest(),
             "task": manifest.task,
             "source": manifest.source,
@@ -154,26 +144,57 @@ class Dataset:
         train: bool,
         step: int = 0,
         progress: float = 0.0,
+        spare: Spare | None = None,
     ) -> Batch:
         """Some samples on the CPU, float32.
 
         Args:
             samples: numbers in the manifest.
             train: augmented views and hidden labels; otherwise one view, centre crops, every label.
+            spare: what stands in for samples that cannot be read, with `data.on_error: skip`; without it they are
+                left out, and the batch is smaller.
 
         Raises:
-            DataError: a sample cannot be read.
+            SampleError: a sample cannot be read, and none is to be skipped.
+            DataError: more than `data.max_skipped` cannot be read.
         """
-        sample_B = np.array(samples, dtype=np.int64)  # a copy: the batch shares its memory
+        while True:
+            # a copy: the batch shares its memory
+            sample_B, replaced = self._readable(np.array(samples, dtype=np.int64), spare)
+            try:
+                made = self._batch(sample_B, epoch=epoch, train=train, step=step, progress=progress)
+            except SampleError as error:
+                self.unreadable.add(error)
+                continue
+            if spare is None:
+                self.unreadable.left_out += replaced
+            else:
+                self.unreadable.replaced += replaced
+            return made
+
+    def _readable(self, sample_B: np.ndarray, spare: Spare | None) -> tuple[np.ndarray, int]:
+        """The samples with those that are known to be unreadable replaced or left out, and how many these were."""
+        known_B = self.unreadable.is_known(sample_B)
+        places = np.flatnonzero(known_B)
+        if spare is None:
+            return sample_B[~known_B], len(places)
+        for place in places.tolist():
+            attempt = 1
+            while (sample := spare(place, attempt)) in self.unreadable:
+                attempt += 1
+            sample_B[place] = sample
+        return sample_B, len(places)
+
+    def _batch(self, sample_B: np.ndarray, *, epoch: int, train: bool, step: int, progress: float) -> Batch:
         key_B = fold_in(torch.tensor(integer_key(self.seed, epoch)), torch.as_tensor(sample_B))
         row_B = self._row_S[sample_B]
         label_B = self._label_S[sample_B]
         if train:
             label_B = np.where(row_B >= 0, self.train_label_N[row_B], label_B)
         view_keys = [fold_in(key_B, view) for view in range(self.config.views)] if train else [None]
-        made = {name: self._make(name, sample_B, view_keys) for name in self.modalities}
+        views = self._views(sample_B, view_keys)
         return Batch(
-            views=tuple({name: torch.as_tensor(made[name][view]) for name in made} for view in range(len(view_keys))),
+            views=tuple({name: torch.as_tensor(view[name]) for name in self._has} for view in views),
             present={name: torch.as_tensor(has_S[sample_B]) for name, has_S in self._has.items()},
             label_B=torch.as_tensor(label_B),
             index_B=torch.as_tensor(row_B),
@@ -185,52 +206,102 @@ class Dataset:
             progress=progress,
         )
 
-    def _make(self, name: str, sample_B: np.ndarray, view_keys: Sequence[Tensor | None]) -> list[np.ndarray]:
-        """One modality of a batch, an array (B, ...) per view; zeros where a sample lacks it."""
-        spec = self.preprocess.inputs[name].spec
+    def _views(self, sample_B: np.ndarray, view_keys: Sequence[Tensor | None]) -> list[dict[str, np.ndarray]]:
+        """For each key every modality, (B, ...); zeros where a sample lacks it."""
+        views: list[dict[str, np.ndarray]] = [{} for _ in view_keys]
+        images: dict[str, list[str]] = {}
+        for name in self.modalities:
+            kind = self.preprocess.inputs[name].spec.kind
+            if kind == "vector":
+                self._add_vectors(views, name, sample_B, view_keys)
+            elif kind == "image":
+                images.setdefault(self._source[name], []).append(name)
+        for source, names in images.items():
+            self._add_images(views, source, names, sample_B, view_keys)
+        if self._volumes is not None:
+            self._add_volumes(self._volumes, views, sample_B, view_keys)
+        return views
+
+    def _add_vectors(
+        self, views: list[dict[str, np.ndarray]], name: str, sample_B: np.ndarray, view_keys: Sequence[Tensor | None]
+    ) -> None:
         has_B = self._has[name][sample_B]
-        views = [np.zeros((len(sample_B), *spec.shape), dtype=np.float32) for _ in view_keys]
-        if spec.kind == "vector":
-            if has_B.any():
-                raw_BF = self._read_all(name, sample_B[has_B])
-                for view_BF, key_B in zip(views, view_keys, strict=True):
-                    key_B = None if key_B is None else key_B[torch.as_tensor(has_B)]
-                    view_BF[has_B] = self.preprocess.vectors(name, raw_BF, augment=self.config.augment, key_B=key_B)
-            return views
+        raw_BF = self._read_all(name, sample_B[has_B]) if has_B.any() else None
+        for view, key_B in zip(views, view_keys, strict=True):
+            view[name] = np.zeros((len(sample_B), *self.preprocess.inputs[name].spec.shape), dtype=np.float32)
+            if raw_BF is not None:
+                key_B = None if key_B is None else key_B[torch.as_tensor(has_B)]
+                view[name][has_B] = self.preprocess.vectors(name, raw_BF, augment=self.config.augment, key_B=key_B)
+
+    def _add_images(
+        self,
+        views: list[dict[str, np.ndarray]],
+        source: str,
+        names: Sequence[str],
+        sample_B: np.ndarray,
+        view_keys: Sequence[Tensor | None],
+    ) -> None:
+        """All that is made of one stored image: the image itself, and coarser copies."""
+        for view in views:
+            for name in names:
+                view[name] = np.zeros((len(sample_B), *self.preprocess.inputs[name].spec.shape), dtype=np.float32)
         draws = [None if key_B is None else image_draws(self.config.augment, key_B) for key_B in view_keys]
 
         def one(place: int) -> None:
-            raw = self._cache.read(name, int(sample_B[place]))
+            raw = self._cache.read(source, int(sample_B[place]))
             for view, draw_B in zip(views, draws, strict=True):
-                view[place] = self.preprocess.image(name, raw, CENTRE if draw_B is None else draw_B[place])
+                draw = CENTRE if draw_B is None else draw_B[place]
+                for name, image in self.preprocess.images(names, raw, draw).items():
+                    view[name][place] = image
 
-        self._each(one, np.flatnonzero(has_B).tolist())
-        return views
+        self._each(one, np.flatnonzero(self._has[names[0]][sample_B]).tolist())
+
+    def _add_volumes(
+        self,
+        reader: VolumeReader,
+        views: list[dict[str, np.ndarray]],
+        sample_B: np.ndarray,
+        view_keys: Sequence[Tensor | None],
+    ) -> None:
+        made: list[list[dict[str, np.ndarray]]] = [[] for _ in sample_B]
+
+        def one(place: int) -> None:
+            keys = [None if key_B is None else key_B[place] for key_B in view_keys]
+            made[place] = reader.views(int(sample_B[place]), keys)
+
+        self._each(one, range(len(sample_B)))
+        for number, view in enumerate(views):
+            view |= reader.stack([of_sample[number] for of_sample in made])
 
     def _read_all(self, name: str, samples: np.ndarray) -> np.ndarray:
         """Stored values of samples that all have the modality, (B, ...)."""
-        missing = self._cache.missing(name, samples)
-        if len(missing) == 0 and (table := self._cache.table(name)) is not None:
+        if (table := self._cache.filled(name, samples)) is not None:
             return table[samples]
         modality = self.shard_set.manifest.modalities[name]
         raw = np.empty((len(samples), *modality.shape), dtype=modality.dtype)
-
-        def one(place: int) -> None:
-            raw[place] = self._cache.read(name, int(samples[place]))
-
-        self._each(one, range(len(samples)))
+        self.shard_set.read_rows(name, samples, raw)
         return raw
 
     def _each(self, work: Callable[[int], None], items: Iterable[int]) -> None:
+        pool = self._threads()
+        for _ in map(work, items) if pool is None else pool.map(work, items):
+            pass
+
+    def _threads(self) -> ThreadPoolExecutor | None:
         if self.config.threads == 0:
-            for item in items:
-                work(item)
-            return
+            return None
         if self._pool is None or self._pool_process != os.getpid():  # threads do not survive a fork
             self._pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="distkd-decode")
             self._pool_process = os.getpid()
-        for _ in self._pool.map(work, items):
-            pass
+        return self._pool
+
+    def _read_readable(self, name: str, samples: np.ndarray) -> np.ndarray:
+        """Of the samples those that can be read, where unreadable ones may be skipped."""
+        while True:
+            try:
+                return self._read_all(name, samples[~self.unreadable.is_known(samples)])
+            except SampleError as error:
+                self.unreadable.add(error)
 
     def _hide_labels(self) -> np.ndarray:
         numbers = self._of_split["train"]
@@ -246,91 +317,61 @@ class Dataset:
             )
         return np.where(kept_N, label_N, UNLABELLED)
 
+    def _source_of(self, name: str) -> str:
+        """The stored modality of that name, or the one that a degraded copy of that name is made of."""
+        manifest, degraded = self.shard_set.manifest, self.config.degraded
+        if name in degraded and name in manifest.modalities:
+            raise ConfigError(f"data.degraded makes {name!r}, which the shard set stores; give the copy another name")
+        source = degraded[name].of if name in degraded else name
+        if source not in manifest.modalities and source not in manifest.excluded and degraded:
+            raise ConfigError(
+                f"unknown modality {source!r}{closest(source, [*manifest.modalities, *degraded])} (data.degraded "
+                f"makes {', '.join(degraded)})"
+            )
+        modality = check_modality(manifest, source)
+        if modality.role != "input":
+            raise ConfigError(f"modality {name!r} is a {modality.role} of the shard set, no input; use another")
+        if name in degraded and modality.kind != "image":
+            raise ConfigError(
+                f"data.degraded.{name}.of={source} is a {modality.kind}, only an image has coarser copies"
+            )
+        return source
+
     def _fit(self) -> Preprocess:
         manifest, config = self.shard_set.manifest, self.config
-        unknown = (
-            set(config.augment.crop) - set(self.modalities) if isinstance(config.augment.crop, dict) else set[str]()
-        )
-        if unknown - set(manifest.modalities):
+        cropped = set(config.augment.crop) if isinstance(config.augment.crop, dict) else set[str]()
+        if cropped - set(manifest.modalities):
             raise ConfigError(
-                f"data.augment.crop names {sorted(unknown)}; the modalities are {sorted(manifest.modalities)}"
+                f"data.augment.crop names {sorted(cropped)}; the modalities are {sorted(manifest.modalities)}"
             )
-        inputs: dict[str, Any] = {}
-        for name in self.modalities:
-            modality = manifest.modalities[name]
+        inputs: dict[str, Fitted] = {}
+        for name, source in self._source.items():
+            modality = manifest.modalities[source]
             numbers = self._of_split["train"][self._has[name][self._of_split["train"]]]
             if len(numbers) == 0:
                 raise DataError(f"no training sample of fold {self.fold} has modality {name!r}; leave it out")
             if modality.kind == "vector":
-                inputs[name] = fit_vector(self._read_all(name, numbers), modality.features)
+                if config.streams:  # not every shard, before the first step
+                    numbers = np.concatenate(self.samples_of_shards("train"))
+                    numbers = numbers[self._has[name][numbers]][: config.stream.fit_samples]
+                inputs[name] = fit_vector(self._read_readable(name, numbers), modality.features)
+            elif modality.kind == "volume":
+                inputs[name] = fit_volume(modality, config=config.volume)
             else:
-                inputs[name] = fit_image(
-                    modality, name=name, crop=config.augment.crop, mean=config.image_mean, std=config.image_std
+                image = fit_image(
+                    modality, name=source, crop=config.augment.crop, mean=config.image_mean, std=config.image_std
                 )
+                copy = config.degraded.get(name)
+                inputs[name] = image if copy is None else fit_degraded(copy, name=name, image=image)
         return Preprocess(inputs)
 
-
-def choose_labelled(label_N: np.ndarray, sample_N: np.ndarray, n_labelled: int, seed: int) -> np.ndarray:
-    """(N,) bool: which training samples keep their label.
-
-    Each class gets its share, rounded up for the first; within a class a hash of (seed, sample) decides. A smaller
-    number chooses a subset of what a larger one does.
-
-    Raises:
-        DataError: there are not that many labels.
-    """
-    known = np.flatnonzero(label_N != UNLABELLED)
-    if n_labelled > len(known):
-        raise DataError(
-            f"data.labelled={n_labelled}, the fold has {len(known)} labelled training samples; "
-            "use at most that, or leave it out"
-        )
-    key = fold_in(torch.tensor(integer_key(seed, text_key("labelled"))), torch.as_tensor(sample_N[known])).numpy()
-    share = np.empty(len(known))
-    for label in np.unique(label_N[known]):
-        members = np.flatnonzero(label_N[known] == label)
-        share[members[np.argsort(key[members])]] = np.arange(len(members)) / len(members)
-    order = np.lexsort((label_N[known], share))
-    kept_N = np.zeros(len(label_N), dtype=bool)
-    kept_N[known[order[:n_labelled]]] = True
-    return kept_N
-
-
-class _Cache:
-    """Stored values of whole modalities, filled as they are read; two threads that meet write the same bytes."""
-
-    def __init__(self, shard_set: ShardSet, modalities: Sequence[str], n_bytes: int):
-        self._shard_set = shard_set
-        self._table: dict[str, np.ndarray] = {}
-        self._filled: dict[str, np.ndarray] = {}
-        sizes = {
-            name: len(shard_set) * int(np.prod(modality.shape)) * np.dtype(modality.dtype).itemsize
-            for name, modality in shard_set.manifest.modalities.items()
-            if name in modalities
-        }
-        for name in sorted(sizes, key=lambda name: (sizes[name], name)):
-            n_bytes -= sizes[name]
-            if n_bytes < 0:
-                break
-            modality = shard_set.manifest.modalities[name]
-            self._table[name] = np.empty((len(shard_set), *modality.shape), dtype=modality.dtype)
-            self._filled[name] = np.zeros(len(shard_set), dtype=bool)
-
-    def table(self, name: str) -> np.ndarray | None:
-        return self._table.get(name)
-
-    def missing(self, name: str, samples: np.ndarray) -> np.ndarray:
-        """Those of the samples that are not in memory."""
-        filled = self._filled.get(name)
-        return samples if filled is None else samples[~filled[samples]]
-
-    def read(self, name: str, sample: int) -> np.ndarray:
-        """Stored values of a sample that has the modality."""
-        filled = self._filled.get(name)
-        if filled is not None and filled[sample]:
-            return self._table[name][sample]
-        values = self._shard_set.read(sample, (name,))[name]
-        if filled is not None:
-            self._table[name][sample] = values
-            filled[sample] = True  # after the values: a reader that sees it finds them
-        return values
+    def _volume_reader(self) -> VolumeReader | None:
+        """Of the volumes and, in a segmentation, of the label map, which is a modality of every batch then."""
+        manifest = self.shard_set.manifest
+        names = [name for name in self.modalities if self.preprocess.inputs[name].spec.kind == "volume"]
+        if not names:
+            return None
+        target = next((name for name, modality in manifest.modalities.items() if modality.role == "target"), None)
+        if target is not None:
+            self._has[target] = self.shard_set.has(target)
+        return VolumeReader(self.shard_set, self.preprocess, names, target, self.config.volume)

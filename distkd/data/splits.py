@@ -6,12 +6,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from distkd.base import UNLABELLED
 from distkd.data.manifest import SPLITS, Fold, Manifest, Split, check_patient_law
 from distkd.errors import DataError
+from distkd.ops.draws import fold_in, integer_key, text_key
 
-__all__ = ["check_classes", "check_patient_law", "hold_out", "label_of_patient", "patient_folds", "split_numbers"]
+__all__ = [
+    "check_classes",
+    "check_patient_law",
+    "choose_labelled",
+    "hold_out",
+    "label_of_patient",
+    "patient_folds",
+    "split_numbers",
+]
 
 
 def label_of_patient(patients: Sequence[str], labels: Sequence[int]) -> dict[str, int]:
@@ -92,6 +102,32 @@ def split_numbers(manifest: Manifest, fold: int, split: Split) -> np.ndarray:
         )
     chosen = set(manifest.folds[fold].patients(split))
     return np.flatnonzero([patient in chosen for patient in manifest.samples.patient]).astype(np.int64)
+
+
+def choose_labelled(label_N: np.ndarray, sample_N: np.ndarray, n_labelled: int, seed: int) -> np.ndarray:
+    """(N,) bool: which training samples keep their label.
+
+    Each class gets its share, rounded up for the first; within a class a hash of (seed, sample) decides. A smaller
+    number chooses a subset of what a larger one does.
+
+    Raises:
+        DataError: there are not that many labels.
+    """
+    known = np.flatnonzero(label_N != UNLABELLED)
+    if n_labelled > len(known):
+        raise DataError(
+            f"data.labelled={n_labelled}, the fold has {len(known)} labelled training samples; "
+            "use at most that, or leave it out"
+        )
+    key = fold_in(torch.tensor(integer_key(seed, text_key("labelled"))), torch.as_tensor(sample_N[known])).numpy()
+    share = np.empty(len(known))
+    for label in np.unique(label_N[known]):
+        members = np.flatnonzero(label_N[known] == label)
+        share[members[np.argsort(key[members])]] = np.arange(len(members)) / len(members)
+    order = np.lexsort((label_N[known], share))
+    kept_N = np.zeros(len(label_N), dtype=bool)
+    kept_N[known[order[:n_labelled]]] = True
+    return kept_N
 
 
 def check_classes(manifest: Manifest, fold: int) -> None:

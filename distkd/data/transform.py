@@ -1,17 +1,17 @@
 """Stored values to what a model receives, fitted on the training samples of a fold; it travels with the exported model.
 
-Vectors: gaps filled by the training median, then standardised. Images: cropped, to 0..1, then (x - mean) / std.
+Vectors: gaps filled by the training median, then standardised. Images: cropped, to 0..1, then (x - mean) / std; or made
+coarser after that. Volumes: a part of it, normalised by the statistics of the whole, then brought to the model's size.
 """
 
-# Shapes: B samples, F features, H height, W width, C channels
+# Shapes: B samples, F features, H height, W width, C channels, x y z voxels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from distkd.base import InputSpec
@@ -21,114 +21,49 @@ from distkd.data.augment import (
     AugmentConfig,
     ImageDraw,
     crop_image,
-    crop_size,
     image_draws,
     jitter_matrix,
+    jitter_steps,
     vary_vectors,
+    warp_image,
 )
-from distkd.data.manifest import Modality, closest, explain
-from distkd.errors import CheckpointError, ConfigError, DataError
+from distkd.data.degrade import degrade, restore_size
+from distkd.data.fitted import (
+    DegradedInput,
+    Fitted,
+    ImageInput,
+    VectorInput,
+    VolumeInput,
+    dump_inputs,
+    fit_degraded,
+    fit_image,
+    fit_vector,
+    fit_volume,
+    read_inputs,
+)
+from distkd.data.manifest import closest
+from distkd.data.volumes import Box, evaluation_box, finish_image, normalise_crop, volume_statistics
+from distkd.errors import DataError
 
-__all__ = ["AugmentConfig", "ImageInput", "Preprocess", "VectorInput", "fit_image", "fit_vector"]
-
-
-_TINY_SHARE, _TINY = 1e-12, 1e-30
-"""A column that varies by less than this, of its size or at all, is constant."""
-
-
-class _Fitted(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class VectorInput(_Fitted):
-    """Statistics of a vector modality's columns over the training samples."""
-
-    kind: Literal["vector"] = "vector"
-    median: list[float]
-    mean: list[float]
-    std: list[float]
-    features: list[str] | None = None
-
-    @property
-    def spec(self) -> InputSpec:
-        return InputSpec("vector", (len(self.mean),))
-
-
-class ImageInput(_Fitted):
-    """How an image modality becomes numbers."""
-
-    kind: Literal["image"] = "image"
-    shape: tuple[int, int, int]
-    """(height, width, channels) as stored."""
-    crop: tuple[int, int]
-    """(height, width) of what the model sees."""
-    full_scale: float
-    """Stored value that means 1."""
-    mean: list[float]
-    std: list[float]
-
-    @property
-    def spec(self) -> InputSpec:
-        return InputSpec("image", (self.shape[2], *self.crop))
-
-
-_Inputs = TypeAdapter(dict[str, Annotated[VectorInput | ImageInput, Field(discriminator="kind")]])
-
-
-def fit_vector(vector_BF: np.ndarray, features: list[str] | None = None) -> VectorInput:
-    """Median without the gaps; mean and standard deviation (of the population) after filling them; 1 where it is 0."""
-    values = vector_BF.astype(np.float64)
-    gaps = np.isnan(values)
-    known = ~gaps.all(axis=0)
-    median = np.zeros(values.shape[1])
-    if known.any():
-        median[known] = np.nanmedian(values[:, known], axis=0)
-    values = np.where(gaps, median, values)
-    std = values.std(axis=0)
-    # not std == 0: the mean of equal values may round, and squares of tiny differences vanish
-    constant = std <= np.maximum(_TINY_SHARE * np.abs(values).max(axis=0), _TINY)
-    std = np.where(constant, 1.0, std)
-    return VectorInput(median=median.tolist(), mean=values.mean(axis=0).tolist(), std=std.tolist(), features=features)
-
-
-def fit_image(
-    modality: Modality, *, name: str, crop: float | dict[str, float], mean: Sequence[float], std: Sequence[float]
-) -> ImageInput:
-    """An image's transform; it does not look at the samples.
-
-    Raises:
-        ConfigError: the crop is larger than the image, or mean and std do not fit its channels.
-    """
-    height, width, channels = modality.shape
-    size = crop_size(crop, name, height, width)
-    if size[0] > height or size[1] > width:
-        raise ConfigError(
-            f"data.augment.crop asks for {size[0]} x {size[1]} px of {name!r}, which has {height} x {width}; "
-            "use a share up to 1 or fewer pixels"
-        )
-    for field, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) not in (1, channels):
-            raise ConfigError(
-                f"data.{field} has {len(values)} values, {name!r} has {channels} channels; give 1 or {channels}"
-            )
-    full_scale = float(np.iinfo(modality.dtype).max) if modality.dtype.startswith(("u", "i")) else 1.0
-    return ImageInput(
-        shape=(height, width, channels),
-        crop=size,
-        full_scale=full_scale,
-        mean=_each(mean, channels),
-        std=_each(std, channels),
-    )
-
-
-def _each(values: Sequence[float], channels: int) -> list[float]:
-    return list(values) * (channels if len(values) == 1 else 1)
+__all__ = [
+    "AugmentConfig",
+    "DegradedInput",
+    "Fitted",
+    "ImageInput",
+    "Preprocess",
+    "VectorInput",
+    "VolumeInput",
+    "fit_degraded",
+    "fit_image",
+    "fit_vector",
+    "fit_volume",
+]
 
 
 class Preprocess:
     """The transforms of some modalities, by name."""
 
-    def __init__(self, inputs: Mapping[str, VectorInput | ImageInput]):
+    def __init__(self, inputs: Mapping[str, Fitted]):
         self.inputs = dict(inputs)
         self._vectors = {
             name: tuple(np.array(column, dtype=np.float64) for column in (fitted.median, fitted.mean, fitted.std))
@@ -141,13 +76,18 @@ class Preprocess:
         """What a model receives of each modality."""
         return {name: fitted.spec for name, fitted in self.inputs.items()}
 
+    def source(self, name: str) -> str:
+        """The stored modality that an input is made of: itself, unless it is a degraded copy."""
+        fitted = self._input(name)
+        return fitted.of if isinstance(fitted, DegradedInput) else name
+
     def only(self, modalities: Iterable[str]) -> Preprocess:
         """The transforms of some of the modalities, in that order."""
         return Preprocess({name: self._input(name) for name in modalities})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives an equal transform back."""
-        return cast(dict[str, Any], _Inputs.dump_python(self.inputs, mode="json"))
+        return dump_inputs(self.inputs)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -156,12 +96,7 @@ class Preprocess:
         Raises:
             CheckpointError: it is something else.
         """
-        try:
-            return cls(_Inputs.validate_python(content))
-        except ValidationError as error:
-            raise CheckpointError(
-                f"preprocessing of the export is damaged: {explain(error)}; export the run again"
-            ) from error
+        return cls(read_inputs(content))
 
     def apply(
         self,
@@ -170,24 +105,38 @@ class Preprocess:
         augment: AugmentConfig | None = None,
         key_B: Tensor | None = None,
     ) -> dict[str, np.ndarray]:
-        """One sample as the model sees it, float32: (F,) of vectors, (C, H, W) of images.
+        """One sample as the model sees it, float32: (F,) of vectors, (C, H, W) of images, (C, x, y, z) of volumes.
 
         Args:
-            raw: stored values, NaN for gaps in a vector; modalities may be left out, unknown ones are an error.
-            augment: with the view's `key_B` (1,), a random view; without, the view of evaluation.
+            raw: stored values, NaN for gaps in a vector, whole volumes; modalities may be left out, unknown ones are
+                an error. A degraded copy is made of what stands under its own name, or else of its source's.
+            augment: with the view's `key_B` (1,), a random view; without, the view of evaluation. Volumes are always
+                as in evaluation.
 
         Raises:
             DataError: a shape, a type, an infinity or a name that the transform was not fitted for.
         """
         made: dict[str, np.ndarray] = {}
-        draws = None if augment is None or key_B is None else image_draws(augment, key_B)
-        for name, values in raw.items():
+        draw = CENTRE if augment is None or key_B is None else image_draws(augment, key_B)[0]
+        for name, values in self._by_input(raw).items():
             fitted = self._input(name)
-            if isinstance(fitted, ImageInput):
-                made[name] = self.image(name, values, CENTRE if draws is None else draws[0])
-            else:
+            if isinstance(fitted, VectorInput):
                 made[name] = self.vectors(name, values[None], augment=augment, key_B=key_B)[0]
+            elif isinstance(fitted, VolumeInput):
+                made[name] = self.volume(name, values)
+            else:
+                made[name] = self.image(name, values, draw)
         return made
+
+    def _by_input(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raw values by the input that they are for."""
+        copies = {
+            name: raw[fitted.of]
+            for name, fitted in self.inputs.items()
+            if isinstance(fitted, DegradedInput) and name not in raw and fitted.of in raw
+        }
+        used = {self.source(name) for name in copies}
+        return {name: values for name, values in raw.items() if name in self.inputs or name not in used} | copies
 
     def vectors(
         self, name: str, raw_BF: np.ndarray, *, augment: AugmentConfig | None = None, key_B: Tensor | None = None
@@ -207,37 +156,142 @@ class Preprocess:
         return made if augment is None or key_B is None else vary_vectors(made, augment, name, key_B)
 
     def image(self, name: str, raw_HWC: np.ndarray, draw: ImageDraw = CENTRE) -> np.ndarray:
-        """(C, H, W) float32 of a stored image; an (H, W) array is taken for one channel."""
-        fitted = self._input(name)
-        assert isinstance(fitted, ImageInput), name
-        if raw_HWC.ndim == 2:
-            raw_HWC = raw_HWC[:, :, None]
-        if raw_HWC.shape != fitted.shape or raw_HWC.dtype.kind not in "fiu":
-            raise DataError(
-                f"{name!r} is {raw_HWC.dtype} of shape {raw_HWC.shape}, expected an image of shape {fitted.shape} "
-                "(height, width, channels)"
-            )
-        if raw_HWC.dtype.kind == "f" and not np.isfinite(raw_HWC).all():
-            raise DataError(f"{name!r} holds values that are not finite; mend the image")
-        return _to_model(crop_image(raw_HWC, fitted.crop, draw), fitted, draw)
+        """(C, H, W) float32 of a stored image; an (H, W) array is taken for one channel.
 
-    def _input(self, name: str) -> VectorInput | ImageInput:
+        A degraded copy is made of the sharp image; one that is as coarse already is only brought to its size.
+        """
+        fitted = self._input(name)
+        if isinstance(fitted, DegradedInput):
+            return self._degraded(name, fitted, raw_HWC, draw)
+        assert isinstance(fitted, ImageInput), name
+        return _image(name, fitted, raw_HWC, draw)
+
+    def images(self, names: Iterable[str], raw_HWC: np.ndarray, draw: ImageDraw = CENTRE) -> dict[str, np.ndarray]:
+        """What `image` makes of one stored image for several inputs, sharp and degraded; the sharp one is made once."""
+        sharp: list[tuple[ImageInput, np.ndarray]] = []
+        made: dict[str, np.ndarray] = {}
+        for name in names:
+            fitted = self._input(name)
+            base = fitted.image if isinstance(fitted, DegradedInput) else fitted
+            assert isinstance(base, ImageInput), name
+            image = next((known for of, known in sharp if of == base), None)
+            if image is None:
+                image = _image(name, base, raw_HWC, draw)
+                sharp.append((base, image))
+            made[name] = (
+                degrade(image, fitted.factor, restore=fitted.restore) if isinstance(fitted, DegradedInput) else image
+            )
+        return made
+
+    def _degraded(self, name: str, fitted: DegradedInput, raw_HWC: np.ndarray, draw: ImageDraw) -> np.ndarray:
+        coarse = _coarse(fitted)
+        if coarse is not None and coarse.shape[:2] == raw_HWC.shape[:2]:
+            small = _image(name, coarse, raw_HWC, draw)
+            return restore_size(small, fitted.image.crop) if fitted.restore else small
+        return degrade(_image(name, fitted.image, raw_HWC, draw), fitted.factor, restore=fitted.restore)
+
+    def volume(
+        self, name: str, raw_Cxyz: np.ndarray, *, box: Box | None = None, statistics: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(C, x, y, z) float32 of a stored volume; an (x, y, z) array is taken for one channel.
+
+        Args:
+            raw_Cxyz: the whole volume, or with `box` what was read of it.
+            box: from `crop_box` or `evaluation_box`; without it the view of evaluation is cut here.
+            statistics: `volume_statistics` of the whole volume; counted here where the whole is given.
+
+        Raises:
+            DataError: a shape or a type that the transform was not fitted for, values that are not finite, no
+                statistics of a volume that is normalised by them.
+        """
+        fitted = self._input(name)
+        assert isinstance(fitted, VolumeInput), name
+        if raw_Cxyz.ndim == 3:
+            raw_Cxyz = raw_Cxyz[None]
+        channels = fitted.shape[0]
+        fits = raw_Cxyz.ndim == 4 and len(raw_Cxyz) == channels and raw_Cxyz.dtype.kind in "fiu"
+        if not fits or (box is not None and raw_Cxyz.shape[1:] != box.size):
+            wanted = (
+                f"(channels, x, y, z) with {channels} channel{'s' * (channels > 1)}"
+                if box is None
+                else f"shape {(channels, *box.size)}"
+            )
+            raise DataError(f"{name!r} is {raw_Cxyz.dtype} of shape {raw_Cxyz.shape}, expected a volume of {wanted}")
+        try:
+            return _volume(fitted, raw_Cxyz, box, statistics)
+        except DataError as error:
+            raise DataError(f"{name!r}: {error}") from error
+
+    def _input(self, name: str) -> Fitted:
         if name not in self.inputs:
             raise DataError(f"no preprocessing for modality {name!r}{closest(name, self.inputs)}")
         return self.inputs[name]
+
+
+def _image(name: str, fitted: ImageInput, raw_HWC: np.ndarray, draw: ImageDraw) -> np.ndarray:
+    if raw_HWC.ndim == 2:
+        raw_HWC = raw_HWC[:, :, None]
+    if raw_HWC.shape != fitted.shape or raw_HWC.dtype.kind not in "fiu":
+        raise DataError(
+            f"{name!r} is {raw_HWC.dtype} of shape {raw_HWC.shape}, expected an image of shape {fitted.shape} "
+            "(height, width, channels)"
+        )
+    if raw_HWC.dtype.kind == "f" and not np.isfinite(raw_HWC).all():
+        raise DataError(f"{name!r} holds values that are not finite; mend the image")
+    cut_HWC = (warp_image if draw.warps else crop_image)(raw_HWC, fitted.crop, draw)
+    return _to_model(cut_HWC, fitted, draw)
+
+
+def _coarse(fitted: DegradedInput) -> ImageInput | None:
+    """The transform of an image that was taken at the coarse resolution, if the stored one divides into its pixels."""
+    (height, width, channels), factor = fitted.image.shape, fitted.factor
+    if factor == 1 or height % factor or width % factor:
+        return None
+    crop = (fitted.image.crop[0] // factor, fitted.image.crop[1] // factor)
+    return fitted.image.model_copy(update={"shape": (height // factor, width // factor, channels), "crop": crop})
+
+
+def _volume(fitted: VolumeInput, raw_Cxyz: np.ndarray, box: Box | None, statistics: np.ndarray | None) -> np.ndarray:
+    if statistics is None and fitted.view.normalise != "none":
+        if box is not None:
+            raise DataError(
+                f"data.volume.normalise={fitted.view.normalise} needs the stored statistics of the whole volume; build "
+                "the shard set with them, or set it to none"
+            )
+        statistics = volume_statistics(raw_Cxyz)
+    if box is None:
+        _, x, y, z = raw_Cxyz.shape
+        stored = (fitted.shape[1], fitted.shape[2], fitted.shape[3])
+        box = evaluation_box(fitted.view, (x, y, z), stored)
+        inside = tuple(slice(first, first + n) for first, n in zip(box.start, box.size, strict=True))
+        raw_Cxyz = raw_Cxyz[(slice(None), *inside)]
+    return finish_image(normalise_crop(raw_Cxyz, statistics, fitted.view.normalise), box)
 
 
 def _to_model(cut_HWC: np.ndarray, fitted: ImageInput, draw: ImageDraw) -> np.ndarray:
     """Jitter, clamp, normalise; channel by channel, so that no value depends on another pixel's place."""
     channels = cut_HWC.shape[2]
     unit = np.float32(1 / fitted.full_scale)
-    source_CHW = np.ascontiguousarray(cut_HWC.transpose(2, 0, 1), dtype=np.float32)
-    if draw.brightness == draw.contrast == draw.saturation == 1.0 and draw.hue == 0.0:
-        made = source_CHW  # nothing leaves 0..1, so there is nothing to clamp
+    made = np.array(cut_HWC.transpose(2, 0, 1), dtype=np.float32, order="C")
+    if not draw.jitters:  # nothing leaves 0..1, so there is nothing to clamp
         for channel in range(channels):
             _scale(made[channel], float(unit) / fitted.std[channel], -fitted.mean[channel] / fitted.std[channel])
         return made
-    matrix, offset = jitter_matrix(draw, channels, _mean_grey(cut_HWC) / fitted.full_scale)
+    if draw.order:
+        for step in jitter_steps(draw):
+            made = _jitter(made, step, unit, _mean_grey(made.transpose(1, 2, 0)) * float(unit))
+            unit = np.float32(1)
+    else:
+        made = _jitter(made, draw, unit, _mean_grey(cut_HWC) / fitted.full_scale)
+    for channel in range(channels):
+        _scale(made[channel], 1 / fitted.std[channel], -fitted.mean[channel] / fitted.std[channel])
+    return made
+
+
+def _jitter(source_CHW: np.ndarray, draw: ImageDraw, unit: np.float32, mean_grey: float) -> np.ndarray:
+    """Changed colours in 0..1 of stored values times `unit`."""
+    channels = len(source_CHW)
+    matrix, offset = jitter_matrix(draw, channels, mean_grey)
     made = np.empty_like(source_CHW)
     for channel in range(channels):
         out = made[channel]
@@ -248,7 +302,6 @@ def _to_model(cut_HWC: np.ndarray, fitted: ImageInput, draw: ImageDraw) -> np.nd
         out += np.float32(offset)
         np.maximum(out, 0, out=out)
         np.minimum(out, 1, out=out)
-        _scale(out, 1 / fitted.std[channel], -fitted.mean[channel] / fitted.std[channel])
     return made
 
 

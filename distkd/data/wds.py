@@ -1,200 +1,230 @@
-"""A shard set opened for reading: any sample by its number, one `pread` per modality, from any thread or process."""
+"""WebDataset tars read by offset: bytes of a member by positioned reads, from any thread or process.
+
+What lies where is the manifest's business; `members` walks a tar without it, to compare. Files are never mapped into
+memory: one that was cut would end the process instead of raising an error.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tarfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
-from distkd.data.codec import DecodeError, decode
-from distkd.data.manifest import MANIFEST, Manifest, Modality, check_modality, read_manifest
-from distkd.errors import DataError
+__all__ = ["BLOCK_BYTES", "Member", "TarFault", "TarFiles", "leads_out", "members"]
 
-__all__ = ["ShardSet"]
+BLOCK_BYTES = 512
 
 _MAX_OPEN = 512
 """Descriptors kept open; of a set with more shards each read opens its own."""
 
-_VERIFY = "copy it again or build it again; `distkd shards verify` checks every byte"
 
+class TarFiles:
+    """The tars of a folder, by their number. Descriptors are opened when they are needed and kept."""
 
-class ShardSet:
-    """A folder of tars with its manifest. Opening checks that every shard is there and has its size.
+    def __init__(self, folder: Path, files: Sequence[str], sizes: Sequence[int]):
+        self._paths = [os.path.join(folder, file) for file in files]
+        self._sizes = list(sizes)
+        self._held = _Descriptors()
 
-    Raises:
-        DataError: manifest or shards are missing, damaged or do not agree.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        self._lock = threading.Lock()
-        self._descriptors: dict[int, int] = {}
-        self._process = os.getpid()
-        _raise_all([fault for shard in self.manifest.shards if (fault := self._size_fault(shard.file, shard.bytes))])
-
-    def __len__(self) -> int:
-        return self.manifest.n_samples
-
-    def read(self, sample: int, modalities: Iterable[str]) -> dict[str, np.ndarray]:
-        """Decoded values of one sample, read-only; a modality that it lacks is absent.
+    def read(self, number: int, offset: int, n_bytes: int) -> bytes:
+        """Those bytes, fewer where the file ends.
 
         Raises:
-            DataError: no such sample or modality, or its bytes are damaged.
+            OSError: it cannot be opened or read, or has another size than it should.
         """
-        if not 0 <= sample < len(self):
-            raise DataError(
-                f"sample {sample} is not in shard set {str(self.folder)!r}, which has samples 0..{len(self) - 1}"
-            )
-        arrays: dict[str, np.ndarray] = {}
-        for name in modalities:
-            modality = check_modality(self.manifest, name)
-            place = self.manifest.samples.bytes[name][sample]
-            if place is not None:
-                arrays[name] = self._decode(sample, name, modality, *place)
-        return arrays
+        with self._open({number}) as descriptors:
+            data = os.pread(descriptors[number], n_bytes, offset)
+            while 0 < len(data) < n_bytes:  # one call gives 2 GiB at most
+                more = os.pread(descriptors[number], n_bytes - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        return data
 
-    def has(self, modality: str) -> np.ndarray:
-        """(samples,) bool: which samples have the modality."""
-        check_modality(self.manifest, modality)
-        return np.array([place is not None for place in self.manifest.samples.bytes[modality]])
-
-    def verify(self, progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names) -> None:
-        """Hash every byte, walk every tar, decode every sample.
+    def read_rows(
+        self,
+        numbers: Sequence[int],
+        offsets: Sequence[int],
+        header: bytes,
+        rows: Sequence[np.ndarray],
+        sums: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Fill each row with the bytes that follow `header` at its place: one system call a row, no copy.
 
         Args:
-            progress: wraps the names of the shards, to show how far it is.
+            rows: writable, contiguous, all of one size.
+            sums: CRC-32C of header and row, -1 where it is not to be compared.
 
-        Raises:
-            DataError: with all that was found wrong, the first few in words.
+        Returns:
+            Places of the rows that could not be read or are not as expected; these hold anything.
         """
-        faults: list[str] = []
-        of_shard: list[list[int]] = [[] for _ in self.manifest.shards]
-        for sample, number in enumerate(self.manifest.samples.shard):
-            of_shard[number].append(sample)
-        number_of = {shard.file: number for number, shard in enumerate(self.manifest.shards)}
-        for name in progress(list(number_of)):
-            faults += self._shard_faults(number_of[name], of_shard[number_of[name]])
-        listed = {MANIFEST, *number_of}
-        extra = sorted(path.name for path in self.folder.glob("*.tar") if path.name not in listed)
-        faults += [f"{name!r} is in the folder, but not in the manifest; remove it" for name in extra]
-        _raise_all(faults)
+        from google_crc32c import extend, value  # pyright: ignore[reportUnknownVariableType]
+
+        if not rows:
+            return []
+        odd: list[int] = []
+        preadv, n_bytes = os.preadv, len(header) + rows[0].nbytes
+        scratch, sound = bytearray(len(header)), bytearray(header)
+        header_sum: int = value(header)  # pyright: ignore[reportUnknownVariableType]
+        try:
+            with self._open(set(numbers)) as descriptors:
+                work = zip(numbers, offsets, rows, repeat(-1) if sums is None else sums, strict=False)
+                for place, (number, offset, row, expected) in enumerate(work):
+                    try:
+                        found = preadv(descriptors[number], (scratch, row), offset)  # pyright: ignore[reportArgumentType]
+                    except OSError:
+                        found = -1
+                    if (
+                        found != n_bytes
+                        or scratch != sound
+                        or (expected >= 0 and extend(header_sum, row) != expected)  # at once: it is in the cache
+                    ):
+                        odd.append(place)
+        except OSError:  # a file that cannot be opened: all of them one by one, which tells which
+            return list(range(len(rows)))
+        return odd
+
+    @property
+    def n_open(self) -> int:
+        return len(self._held.by_number)
 
     def close(self) -> None:
         """Give the descriptors back; reading opens them again."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        self._held.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "manifest": self.manifest}
+        return {"_paths": self._paths, "_sizes": self._sizes}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
-        self._descriptors = {}
-        self._process = os.getpid()
+        self._held = _Descriptors()
+
+    @contextmanager
+    def _open(self, numbers: set[int]) -> Generator[dict[int, int]]:
+        """Descriptors of these files."""
+        held = self._held
+        if len(self._paths) > _MAX_OPEN or held.process != os.getpid():
+            held = _Descriptors()  # after a fork: the parent owns the others, a thread that is gone may hold their lock
+            if len(self._paths) <= _MAX_OPEN:
+                self._held = held
+        if not numbers <= held.by_number.keys():
+            with held.lock:
+                for number in numbers - held.by_number.keys():
+                    held.by_number[number] = self._open_one(number)
+        yield held.by_number
+
+    def _open_one(self, number: int) -> int:
+        descriptor = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(descriptor).st_size
+        if found != self._sizes[number]:
+            os.close(descriptor)
+            raise OSError(f"the file was replaced or cut: it has {found} bytes, manifest says {self._sizes[number]}")
+        return descriptor
+
+
+class _Descriptors:
+    """Of one process; closed when nobody reads with them any more."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.lock = threading.Lock()
+        self.by_number: dict[int, int] = {}
+
+    def close(self) -> None:
+        if self.process == os.getpid():  # the parent's numbers are not ours to close
+            with self.lock:
+                for descriptor in self.by_number.values():
+                    os.close(descriptor)
+                self.by_number.clear()
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptors") and self._process == os.getpid():
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
+        self.close()
 
-    def _decode(self, sample: int, name: str, modality: Modality, offset: int, size: int) -> np.ndarray:
-        number = self.manifest.samples.shard[sample]
-        where = (
-            f"{name!r} of sample {self.manifest.samples.key[sample]!r} in shard {self.manifest.shards[number].file!r}"
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file inside a tar."""
+
+    name: str
+    header: int
+    """Offset of its header."""
+    offset: int
+    """Of its data."""
+    size: int
+
+
+class TarFault(ValueError):
+    """What is wrong with a tar, and in the member at which byte; None: behind the members."""
+
+    def __init__(self, fault: str, offset: int | None):
+        super().__init__(fault)
+        self.offset = offset
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The members of a plain tar as it is written here: regular files with USTAR headers, zeros to fill the blocks.
+
+    Raises:
+        TarFault: anything else is found there; what came before it is sound.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        offset, last = 0, "its start"
+        while True:
+            file.seek(offset)
+            block = file.read(BLOCK_BYTES)
+            if len(block) < BLOCK_BYTES:
+                raise TarFault(f"ends at byte {n_bytes} behind {last}, without the zeros of a tar's end", offset)
+            if not any(block):
+                break
+            member = _parse(block, offset, last)
+            fill = -member.size % BLOCK_BYTES
+            end = member.offset + member.size
+            if end + fill > n_bytes:
+                raise TarFault(f"ends at byte {n_bytes}, inside member {member.name!r}, which ends at {end}", offset)
+            file.seek(end)
+            yield member
+            if any(file.read(fill)):
+                raise TarFault(f"is damaged in the padding of {member.name!r}, between {end} and {end + fill}", offset)
+            offset, last = end + fill, f"member {member.name!r}"
+        for start in range(offset, n_bytes, 1 << 20):
+            file.seek(start)
+            if any(file.read(1 << 20)):
+                raise TarFault(f"is damaged in the zeros behind {last}, after byte {start}", None)
+
+
+def _parse(block: bytes, offset: int, last: str) -> Member:
+    try:
+        # the sum counts its own field as spaces
+        said, found = int(block[148:156].rstrip(b"\0 ") or b"-1", 8), sum(block) - sum(block[148:156]) + 8 * 32
+        size = int(block[124:136].rstrip(b"\0 ") or b"0", 8)
+        name = b"/".join(part for part in (_text(block[345:500]), _text(block[:100])) if part).decode()
+    except ValueError:
+        raise TarFault(f"is damaged in the header at byte {offset}, behind {last}", offset) from None
+    if said != found:
+        words = f"its sum is {found}, it says {said}"
+        raise TarFault(f"is damaged in the header at byte {offset}, behind {last}: {words}", offset)
+    if block[156:157] not in b"0\0" or block[257:263] != b"ustar\0":
+        raise TarFault(
+            f"has a member {name!r} of type {block[156:157].decode('latin-1')!r} at byte {offset}; shards hold plain "
+            "files with USTAR headers only",
+            offset,
         )
-        try:
-            data = self._pread(number, offset, size)
-        except OSError as error:
-            raise DataError(f"cannot read {where}: {error}; {_VERIFY}") from error
-        if len(data) != size:
-            raise DataError(f"{where} is cut off: {len(data)} bytes, expected {size}; {_VERIFY}")
-        try:
-            return decode(data, modality)
-        except DecodeError as error:
-            raise DataError(f"{where} {error}; {_VERIFY}") from error
-
-    def _pread(self, number: int, offset: int, size: int) -> bytes:
-        path = self.folder / self.manifest.shards[number].file
-        if len(self.manifest.shards) > _MAX_OPEN:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
-        if self._process != os.getpid():
-            # a fork: the parent owns the inherited descriptors, and a thread that is gone may have held its lock
-            self._lock, self._descriptors, self._process = threading.Lock(), {}, os.getpid()
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            with self._lock:
-                if number not in self._descriptors:
-                    self._descriptors[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                descriptor = self._descriptors[number]
-        return os.pread(descriptor, size, offset)
-
-    def _size_fault(self, file: str, expected: int) -> str:
-        try:
-            found = (self.folder / file).stat().st_size
-        except OSError:
-            return f"shard {file!r} is missing from {str(self.folder)!r}"
-        if found < expected:
-            return f"shard {file!r} is truncated: {found} bytes, manifest says {expected}"
-        return f"shard {file!r} has {found} bytes, manifest says {expected}" if found > expected else ""
-
-    def _shard_faults(self, number: int, samples: list[int]) -> list[str]:
-        shard, path = self.manifest.shards[number], self.folder / self.manifest.shards[number].file
-        fault = self._size_fault(shard.file, shard.bytes)
-        if fault:
-            return [fault]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        faults = (
-            []
-            if found == shard.sha256
-            else [f"shard {shard.file!r} has SHA-256 {found[:12]}..., manifest says {shard.sha256[:12]}..."]
-        )
-        faults += self._member_faults(path, samples)
-        for sample in samples:
-            try:
-                self.read(sample, self.manifest.modalities)
-            except DataError as error:
-                faults.append(str(error).removesuffix(f"; {_VERIFY}"))
-        return faults
-
-    def _member_faults(self, path: Path, samples: list[int]) -> list[str]:
-        columns, modalities = self.manifest.samples, self.manifest.modalities
-        expected = {
-            f"{columns.key[sample]}.{name}.{modality.codec}": columns.bytes[name][sample]
-            for sample in samples
-            for name, modality in modalities.items()
-            if columns.bytes[name][sample] is not None
-        }
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = {member.name: (member.offset_data, member.size) for member in tar}
-        except (tarfile.TarError, OSError) as error:
-            return [f"shard {path.name!r} is not a readable tar ({error})"]
-        keys = {name.partition(".")[0] for name in members}
-        faults = [
-            f"{name!r} of shard {path.name!r} lies at {members.get(name, 'no place')}, manifest says {place}"
-            for name, place in expected.items()
-            if members.get(name) != place
-        ]
-        if len(keys) != len(samples):
-            faults.append(f"shard {path.name!r} has {len(keys)} samples, manifest says {len(samples)}")
-        return faults
+    return Member(name=name, header=offset, offset=offset + BLOCK_BYTES, size=size)
 
 
-def _raise_all(faults: list[str]) -> None:
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise DataError("; ".join(faults[:5]) + f"{more}; {_VERIFY}")
+def _text(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def leads_out(name: str) -> bool:
+    """Whether an unpacked member of that name could land outside of the folder."""
+    parts = name.replace("\\", "/").split("/")
+    return name.startswith(("/", "\\")) or ".." in parts or (len(name) > 1 and name[1] == ":")

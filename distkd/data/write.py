@@ -1,14 +1,13 @@
-"""Arrays to a shard set: plain WebDataset tars and a manifest, equal bytes for equal input, all of it or nothing."""
+"""Samples to a shard set: equal bytes for equal input, all of it or nothing; a killed build goes on where it was."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +15,9 @@ from typing import Self
 import numpy as np
 
 from distkd.base import UNLABELLED
-from distkd.data.codec import encode
+from distkd.data.codec import DecodeError, Encoded, decode, encode
+from distkd.data.containers import Container, TarContainer, ZarrContainer, count_samples
+from distkd.data.journal import Block, Journal, Row
 from distkd.data.manifest import (
     Description,
     Fold,
@@ -24,65 +25,137 @@ from distkd.data.manifest import (
     Modality,
     Samples,
     Shard,
+    Space,
     check_consistency,
     check_modality,
     write_manifest,
 )
+from distkd.data.progress import track
 from distkd.errors import DataError
 
-__all__ = ["ShardWriter"]
+__all__ = ["Encoded", "Sample", "ShardWriter", "SkipSample", "Skipped"]
 
-_BLOCK_BYTES = 512
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
-class ShardWriter:
-    """Writes samples in the order of `add`; the folder appears when the `with` block ends well, and not otherwise.
+@dataclass(frozen=True)
+class Sample:
+    """What `add_all` is given of one sample; a modality that it lacks is left out of `arrays`."""
 
-    Each sample is `<key>.json` (label, patient, group: what other WebDataset readers need) and `<key>.<modality>.<ext>`
-    per modality that it has.
+    arrays: Mapping[str, np.ndarray | Encoded]
+    patient: str
+    label: int | None
+    group: str | None = None
+    space: Space | None = None
+
+
+class SkipSample(Exception):
+    """Raised by what loads a sample: it is left out, and the report says why."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class Skipped:
+    """What a recipe left out, by reason."""
+
+    by_reason: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+
+    def add(self, reason: str, name: str) -> None:
+        self.by_reason.setdefault(reason, []).append(name)
+
+    def lines(self) -> list[str]:
+        """One line per reason: how many, why, and the first few names."""
+        return [
+            f"skipped {len(names)}: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for reason, names in self.by_reason.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A sample that is checked and encoded, or the reason why it is left out."""
+
+    sample: Sample | None
+    values: dict[str, bytes | np.ndarray] = field(default_factory=dict[str, "bytes | np.ndarray"])
+    reason: str = ""
+
+
+class ShardWriter:
+    """Writes samples in the order in which they come; the folder appears when the `with` block ends well.
+
+    In tars each sample is `<key>.json` (label, patient, group: what other WebDataset readers need) and
+    `<key>.<modality>.<ext>` per modality that it has. What `add_all` finished before the process died, or before an
+    error, is found again by the same build: same description, same `options`.
+
+    Args:
+        options: what the bytes depend on beside the description and the raw data, such as the recipe's options.
+
+    Raises:
+        DataError: the folder exists or cannot be made, or another process builds it.
     """
 
-    def __init__(self, out: Path, description: Description, *, shard_bytes: int = 64 << 20):
+    def __init__(self, out: Path, description: Description, *, options: str = "", shard_bytes: int = 64 << 20):
         self.out = out
         self.manifest: Manifest | None = None
+        self.skipped = Skipped()
         self._description = description
         self._shard_bytes = shard_bytes
-        self._aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-        self._samples = Samples(
-            key=[],
-            patient=[],
-            group=[],
-            label=[],
-            shard=[],
-            offset=[],
-            bytes={name: [] for name in description.modalities},
-        )
+        self._fingerprint = f"{description.model_dump_json()} {shard_bytes} {options}"
+        self._rows: list[Row] = []
+        self._order: list[str] = []
+        """Keys in the order in which they came, the skipped ones too."""
+        self._found = 0
+        """How many of the order an earlier build finished."""
+        self._met = 0
+        """How many of these this build was given again."""
         self._seen: set[str] = set()
         self._shards: list[Shard] = []
-        self._tar: _Tar | None = None
+        self._recorded = (0, 0, 0)
+        """Rows, skipped and order that the journal has."""
+        self._left_out: list[tuple[str, str]] = []
         self._folds: tuple[list[Fold], str, int | None] | None = None
+        self._resumable = False
 
     def __enter__(self) -> Self:
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
             raise DataError(f"output {str(self.out)!r} exists already; remove it or name another folder with --out")
-        shutil.rmtree(self._aside, ignore_errors=True)
         try:
-            self._aside.mkdir(parents=True)
+            self._journal = Journal(self.out.with_name(f".{self.out.name}.partial"), self._fingerprint)
         except OSError as error:
             raise DataError(
                 f"cannot make the output folder beside {str(self.out)!r}: {error}; choose another --out"
             ) from error
+        for block in self._journal.blocks:
+            self._rows += block.rows
+            self._shards += block.shards
+            self._left_out += block.skipped
+            self._order += block.order
+        self._found = len(self._order)
+        self._recorded = (len(self._rows), len(self._left_out), len(self._order))
+        self._seen.update(row.key for row in self._rows)
+        self._container = self._open_container()
         return self
+
+    def _open_container(self) -> Container:
+        folder = self._journal.folder
+        if self._description.container == "zarr":
+            container = ZarrContainer(folder, self._description, len(self._shards))
+            container.start_at(len(self._rows))
+            return container
+        return TarContainer(folder, self._description, self._shard_bytes, len(self._shards))
 
     def add(
         self,
         key: str,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray | Encoded],
         *,
         patient: str,
         label: int | None,
         group: str | None = None,
+        space: Space | None = None,
     ) -> None:
         """One sample; a modality that it lacks is left out of `arrays`.
 
@@ -91,130 +164,235 @@ class ShardWriter:
         Raises:
             DataError: the sample does not fit the description, holds infinities, or its key was seen before.
         """
-        if not _KEY.fullmatch(key):
-            raise DataError(f"sample key {key!r} is not usable; expected 1 to 80 letters, digits, '-' or '_'")
-        if key in self._seen:
-            raise DataError(f"sample key {key!r} occurs twice; keys must be unique in a shard set")
-        n_classes = len(self._description.class_names)
-        if label is not None and label != UNLABELLED and not 0 <= label < n_classes:
-            raise DataError(
-                f"sample {key!r} has label {label}, expected 0..{n_classes - 1}, or None where it is unknown"
-            )
-        if not arrays:
-            raise DataError(f"sample {key!r} has no modality at all; leave it out")
-        encoded = {
-            name: encode(
-                _checked(array, check_modality(self._description, name), name, key), self._description.modalities[name]
-            )
-            for name, array in arrays.items()
-        }
-        label = UNLABELLED if label is None else label
-        about = {"group": group, "label": label, "patient": patient}
-        tar = self._tar_for(sum(len(data) for data in encoded.values()))
-        samples = self._samples
-        samples.shard.append(len(self._shards))
-        samples.offset.append(tar.position)
-        tar.add(f"{key}.json", json.dumps(about, sort_keys=True).encode())
-        for name, modality in self._description.modalities.items():
-            place = tar.add(f"{key}.{name}.{modality.codec}", encoded[name]) if name in encoded else None
-            samples.bytes[name].append(place)
-        tar.samples += 1
-        samples.key.append(key)
-        samples.patient.append(patient)
-        samples.group.append(group)
-        samples.label.append(label)
-        self._seen.add(key)
+        sample = Sample(arrays, patient=patient, label=label, group=group, space=space)
+        if not self._was_found(key):
+            self._put(key, self._prepare(key, sample))
+
+    def add_all(
+        self,
+        items: Iterable[tuple[str, Callable[[], Sample]]],
+        *,
+        total: int | None = None,
+        label: str = "samples",
+        threads: int = 2,
+    ) -> None:
+        """Samples in order, loaded some ahead by threads; what an earlier build finished is not loaded again.
+
+        Args:
+            items: (key, what loads the sample), in an order that depends on the input alone.
+            total: how many, for the progress bar.
+            label: what they are, for the progress bar.
+
+        Raises:
+            DataError: as `add`, or the items are others than those of the build that was interrupted.
+        """
+        self._resumable = True
+        waiting: deque[tuple[str, Future[_Ready]]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="distkd-build") as pool:
+            try:
+                for key, load in track(items, label, total=total):
+                    if self._was_found(key):
+                        continue
+                    waiting.append((key, pool.submit(self._load, key, load)))
+                    if len(waiting) > 2 * threads:
+                        self._take(waiting.popleft())
+                while waiting:
+                    self._take(waiting.popleft())
+            finally:
+                for _, future in waiting:
+                    future.cancel()
 
     def split(self, folds: Sequence[Fold], *, rule: str, seed: int | None) -> None:
         """Who is in which split, and the rule in words; once, at any time before the end."""
         self._folds = (list(folds), rule, seed)
 
     @property
+    def keys(self) -> list[str]:
+        """Of the samples added so far, in order."""
+        return [row.key for row in self._rows]
+
+    @property
     def patients(self) -> list[str]:
         """Of the samples added so far, in order."""
-        return list(self._samples.patient)
+        return [row.patient for row in self._rows]
 
     @property
     def labels(self) -> list[int]:
         """Of the samples added so far, in order."""
-        return list(self._samples.label)
+        return [row.label for row in self._rows]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        finished = False
         try:
-            if self._tar is not None:
-                self._finish_tar(self._tar)
             if error is None:
                 self._finish()
+                finished = True
         finally:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            self._container.drop()
+            self._journal.close()
+            if not finished and not (self._resumable and self._recorded[0]):
+                shutil.rmtree(self._journal.folder, ignore_errors=True)
+
+    def _was_found(self, key: str) -> bool:
+        """Whether the next item is one of those that an earlier build finished."""
+        if self._met == self._found:
+            return False
+        expected = self._order[self._met]
+        if key != expected:
+            raise DataError(
+                f"the interrupted build of {str(self.out)!r} had {expected!r} as item {self._met + 1}, now it is "
+                f"{key!r}: the raw data have changed; remove {str(self._journal.folder)!r} to start anew"
+            )
+        self._met += 1
+        return True
+
+    def _load(self, key: str, load: Callable[[], Sample]) -> _Ready:
+        try:
+            return self._prepare(key, load())
+        except SkipSample as skip:
+            return _Ready(None, reason=skip.reason)
+
+    def _take(self, item: tuple[str, Future[_Ready]]) -> None:
+        self._put(item[0], item[1].result())
+
+    def _prepare(self, key: str, sample: Sample) -> _Ready:
+        if not _KEY.fullmatch(key):
+            raise DataError(f"sample key {key!r} is not usable; expected 1 to 80 letters, digits, '-' or '_'")
+        n_classes = len(self._description.class_names)
+        if sample.label is not None and sample.label != UNLABELLED and not 0 <= sample.label < n_classes:
+            raise DataError(
+                f"sample {key!r} has label {sample.label}, expected 0..{n_classes - 1}, or None where it is unknown"
+            )
+        if not sample.arrays:
+            raise DataError(f"sample {key!r} has no modality at all; leave it out")
+        values = {name: self._value(key, name, array, sample.space) for name, array in sample.arrays.items()}
+        return _Ready(sample, values)
+
+    def _value(self, key: str, name: str, array: np.ndarray | Encoded, space: Space | None) -> bytes | np.ndarray:
+        modality = check_modality(self._description, name)
+        if isinstance(array, Encoded):
+            try:
+                decode(array.data, modality)
+            except DecodeError as error:
+                raise DataError(f"{name!r} of sample {key!r} {error}; mend the raw file or leave it out") from error
+            return array.data
+        array = _checked(array, modality, name, key, space)
+        return array if modality.codec == "zarr" else encode(array, modality)
+
+    def _put(self, key: str, ready: _Ready) -> None:
+        if key in self._seen:
+            raise DataError(f"sample key {key!r} occurs twice; keys must be unique in a shard set")
+        if ready.sample is None:
+            self._left_out.append((key, ready.reason))
+            self._order.append(key)
+            return
+        sample = ready.sample
+        self._record(self._container.make_room(sum(_n_bytes(value) for value in ready.values.values())))
+        label = UNLABELLED if sample.label is None else int(sample.label)
+        about = {"group": sample.group, "label": label, "patient": sample.patient}
+        placed = self._container.put(key, about, ready.values)
+        self._rows.append(
+            Row(
+                key=key,
+                patient=sample.patient,
+                group=sample.group,
+                label=label,
+                shard=placed.shard,
+                offset=placed.offset,
+                bytes=placed.bytes,
+                crc32c=placed.crc32c,
+                file=placed.file,
+                space=sample.space,
+            )
+        )
+        self._order.append(key)
+        self._seen.add(key)
+
+    def _record(self, shards: list[Shard]) -> None:
+        """Files that are complete, in the journal, with the samples that they hold."""
+        if not shards:
+            return
+        self._shards += shards
+        n_rows, n_skipped, n_order = self._recorded
+        if self._resumable:
+            self._journal.add(
+                Block(
+                    rows=self._rows[n_rows:],
+                    shards=shards,
+                    skipped=self._left_out[n_skipped:],
+                    order=self._order[n_order:],
+                )
+            )
+        self._recorded = (len(self._rows), len(self._left_out), len(self._order))
 
     def _finish(self) -> None:
-        if not self._samples.key:
-            raise DataError(f"no sample for {str(self.out)!r}: every one was skipped; check --raw")
+        if self._met < self._found:
+            raise DataError(
+                f"the interrupted build of {str(self.out)!r} had {self._found} items, now there are {self._met}: the "
+                f"raw data have changed; remove {str(self._journal.folder)!r} to start anew"
+            )
+        for key, reason in self._left_out:
+            self.skipped.add(reason, key)
+        if not self._rows:
+            reasons = "".join(f"; {line}" for line in self.skipped.lines())
+            raise DataError(f"no sample for {str(self.out)!r}: every one was skipped; check --raw{reasons}")
+        samples, shards = self._container.finish(self._columns())
+        self._shards += shards
         assert self._folds is not None, "split() was not called"
         folds, rule, seed = self._folds
         fields = {name: getattr(self._description, name) for name in Description.model_fields}
         manifest = Manifest(
-            **fields, shards=self._shards, samples=self._samples, folds=folds, split_rule=rule, split_seed=seed
+            **fields,
+            shards=count_samples(samples, self._shards),
+            samples=samples,
+            folds=folds,
+            split_rule=rule,
+            split_seed=seed,
         )
         check_consistency(manifest, f"the new shard set {str(self.out)!r}")
-        write_manifest(manifest, self._aside)
+        write_manifest(manifest, self._journal.folder)
+        self._journal.remove()
         try:
-            self._aside.rename(self.out)
+            self._journal.folder.rename(self.out)
         except OSError as error:
             raise DataError(
                 f"cannot move the finished shards to {str(self.out)!r}: {error}; choose another --out"
             ) from error
         self.manifest = manifest
 
-    def _tar_for(self, n_bytes: int) -> _Tar:
-        if self._tar is not None and self._tar.samples and self._tar.position + n_bytes > self._shard_bytes:
-            self._finish_tar(self._tar)
-        if self._tar is None:
-            self._tar = _Tar(self._aside / f"{self._description.task}-{len(self._shards):06d}.tar")
-        return self._tar
-
-    def _finish_tar(self, tar: _Tar) -> None:
-        self._tar = None
-        self._shards.append(tar.close())
-
-
-class _Tar:
-    """A tar whose bytes depend on its members only, hashed while it is written."""
-
-    def __init__(self, path: Path):
-        self.samples = 0
-        self.position = 0
-        self._path = path
-        self._file = path.open("wb")
-        self._hash = hashlib.sha256()
-
-    def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """Offset and size of the data."""
-        member = tarfile.TarInfo(name)  # mtime, owner and group are zero, mode 0644: nothing of this machine
-        member.size = len(data)
-        # USTAR: a PAX header per member costs every reader some 40 %
-        self._write(member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
-        place = (self.position, len(data))
-        self._write(data + bytes(-len(data) % _BLOCK_BYTES))
-        return place
-
-    def close(self) -> Shard:
-        self._write(bytes(-(self.position + 2 * _BLOCK_BYTES) % tarfile.RECORDSIZE + 2 * _BLOCK_BYTES))
-        self._file.close()
-        return Shard(file=self._path.name, samples=self.samples, bytes=self.position, sha256=self._hash.hexdigest())
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.position += len(data)
+    def _columns(self) -> Samples:
+        rows, names = self._rows, list(self._description.modalities)
+        tars, volumes = self._description.container == "wds", any(row.space is not None for row in self._rows)
+        return Samples(
+            key=[row.key for row in rows],
+            patient=[row.patient for row in rows],
+            group=[row.group for row in rows],
+            label=[row.label for row in rows],
+            shard=[row.shard for row in rows],
+            offset=[row.offset for row in rows],
+            bytes={name: [row.bytes[name] for row in rows] for name in names},
+            crc32c={name: [row.crc32c[name] for row in rows] for name in names} if tars else {},
+            file={} if tars else {name: [row.file[name] for row in rows] for name in names},
+            space=[row.space for row in rows] if volumes else [],
+        )
 
 
-def _checked(array: np.ndarray, modality: Modality, name: str, key: str) -> np.ndarray:
-    if array.shape != modality.shape:
-        raise DataError(f"{name!r} of sample {key!r} has shape {array.shape}, expected {modality.shape}")
+def _n_bytes(value: bytes | np.ndarray) -> int:
+    return value.nbytes if isinstance(value, np.ndarray) else len(value)
+
+
+def _checked(array: np.ndarray, modality: Modality, name: str, key: str, space: Space | None) -> np.ndarray:
+    shape = modality.shape
+    if modality.kind == "volume":
+        if space is None:
+            raise DataError(f"sample {key!r} has volume {name!r} without its space; say shape, affine and spacing")
+        shape = (modality.shape[0], *space.shape)
+        if any(own > most for own, most in zip(shape, modality.shape, strict=True)):
+            raise DataError(f"{name!r} of sample {key!r} has shape {shape}, larger than the set's {modality.shape}")
+    if array.shape != shape:
+        raise DataError(f"{name!r} of sample {key!r} has shape {array.shape}, expected {shape}")
     if not np.can_cast(array.dtype, modality.dtype, "same_kind"):
         raise DataError(f"{name!r} of sample {key!r} is {array.dtype}, which does not fit {modality.dtype}")
     # an overflow in the cast becomes an infinity and is refused as one

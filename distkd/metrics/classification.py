@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
 
 from distkd.base import UNLABELLED
 from distkd.errors import NonFiniteError, ShapeError
@@ -138,6 +137,9 @@ def _metrics(
     per_class: dict[str, dict[str, float | None]],
     notes: list[str],
 ) -> dict[str, float | None]:
+    # here, since it takes a second to load: only the rank that scores waits for it, and only once it does
+    from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
+
     n, c = probability_NC.shape
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     if not n:

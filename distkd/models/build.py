@@ -191,6 +191,10 @@ def _check(config: ModelConfig, specs: Mapping[str, InputSpec]) -> None:
 
 
 def _check_encoder(name: str, config: ModelConfig, spec: InputSpec) -> None:
+    if spec.kind == "volume":
+        raise ConfigError(
+            f"modality {name!r} is a volume, for which this version has no network yet; use images and vectors"
+        )
     chosen, kind = _encoder_name(name, config, spec), spec.kind
     if (chosen in ("cnn", "resnet18")) != (kind == "image"):
         fitting = "cnn or resnet18" if kind == "image" else "mlp or snn"

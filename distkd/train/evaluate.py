@@ -97,6 +97,10 @@ def evaluate(
                 report[level] = classification_metrics(items.probability_NC, items.label_N, dataset.class_names)
         except DistkdError as error:
             failure = error  # for all ranks: they wait in the broadcast
+        n = len(dataset.split_samples(split))
+        if len(sample_N) < n:
+            for level_report in report.values():
+                level_report.notes.append(f"{n - len(sample_N)} of {n} samples cannot be read and are left out")
     report, failure = broadcast_object((report, failure), world)
     if failure is not None:
         raise failure

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distkd.base import Batch
 from distkd.comm.world import gather_objects
+from distkd.data.loader import batches_of_step
 from distkd.errors import NonFiniteError
 from distkd.train.job import Job
 
@@ -50,7 +51,7 @@ class FiniteGuard:
         bad = [step for (step, _, _), *finite in zip(recent, norms, losses, strict=True) if not all(finite)]
         step = min(steps[0] for steps in gather_objects(bad, job.world) if steps)
         innocent = losses[[number for number, _, _ in recent].index(step)]
-        where, _ = self._where([] if innocent else _batches_of(job, step))
+        where, _ = self._where([] if innocent else batches_of_step(job.dataset, job.plan, job.world, job.passes, step))
         raise NonFiniteError(
             f"loss or gradient is not finite at step {step}: {where}; {_ADVICE}; the last checkpoint is from before"
         )
@@ -95,13 +96,6 @@ class FiniteGuard:
 
 
 _ADVICE = "look at these samples, or lower optim.lr or set optim.clip and pass --allow-change"
-
-
-def _batches_of(job: Job, step: int) -> list[Batch]:
-    """This rank's batches of a step that is over, made again."""
-    samples = job.dataset.split_samples("train")
-    parts = [samples[job.plan.local_positions(step, number, job.passes, job.world)] for number in range(job.passes)]
-    return [job.dataset.batch(part, epoch=job.plan.epoch_of(step), train=True, step=step) for part in parts]
 
 
 def _suspects(job: Job, batches: Sequence[Batch]) -> tuple[list[str], list[str]]:

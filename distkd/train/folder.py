@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 FREE = {
     "run.root", "run.name", "run.log_every", "run.keep_last", "run.keep_best", "run.checkpoint_every", "run.save",
-    "batch.micro_batch", "data.threads", "data.shards", "teacher.export",
+    "batch.micro_batch", "data.threads", "data.shards", "data.cache_mib", "data.check", "data.on_error",
+    "data.max_skipped", "data.stream.cache", "data.stream.cache_gib", "data.stream.ahead", "teacher.export",
     "engine.name", "engine.zero_stage", "engine.compile", "engine.device", "engine.timeout_s", "engine.debug",
     "optim.fused", "method.bank.placement", "method.bank.memory_share", "method.bank.check_every",
 }  # fmt: skip

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +16,15 @@ import torch
 
 from distkd.base import Forward, World
 from distkd.comm.world import broadcast_object
+from distkd.data.config import DataConfig
 from distkd.data.dataset import Dataset
 from distkd.data.make import make_shards
 from distkd.data.plan import Plan
-from distkd.data.transform import ImageInput, Preprocess
-from distkd.data.wds import ShardSet
+from distkd.data.remote.store import RemoteStore
+from distkd.data.remote.stream import StreamReader
+from distkd.data.remote.transport import is_url
+from distkd.data.shardset import ShardSet
+from distkd.data.stream_plan import StreamPlan
 from distkd.engines import Engine, make_engine
 from distkd.errors import ConfigError, DistkdError
 from distkd.machine import memory_bytes
@@ -42,7 +49,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
-    plan: Plan
+    plan: Plan | StreamPlan
     passes: int
     method: Method
     engine: Engine
@@ -80,21 +87,28 @@ def device_of(settings: Settings, world: World) -> torch.device:
 
 def open_shards(settings: Settings, world: World) -> ShardSet:
     """The shard set of the config, made first where `data.make` names a recipe and the folder is absent."""
-    folder = settings.data.shards
-    if folder is None:
-        if settings.data.make is None:
-            raise ConfigError("data.shards is missing; name a shard set, or a recipe with data.make")
-        folder = settings.run.root / "shards" / settings.data.make
+    data = settings.data
+    if data.shards is not None and is_url(data.shards):
+        return _remote(data.shards, data)
+    if data.shards is None and data.make is None:
+        raise ConfigError("data.shards is missing; name a shard set, or a recipe with data.make")
+    folder = settings.run.root / "shards" / str(data.make) if data.shards is None else Path(data.shards)
     failure: DistkdError | None = None
-    if settings.data.make is not None and world.is_main and not (folder / "manifest.json").exists():
+    if data.make is not None and world.is_main and not (folder / "manifest.json").exists():
         try:
-            make_shards(settings.data.make, folder)
+            make_shards(data.make, folder)
         except DistkdError as error:
             failure = error
     failure = broadcast_object(failure, world)
     if failure is not None:
         raise failure
-    return ShardSet(folder)
+    return ShardSet(folder, check=data.check)
+
+
+def _remote(url: str, data: DataConfig) -> ShardSet:
+    cache = data.stream.cache or Path(tempfile.gettempdir()) / f"distkd-shards-{os.getuid()}"
+    store = RemoteStore(url, cache, int(data.stream.cache_gib * (1 << 30)), ahead=data.stream.ahead)
+    return StreamReader(store, check=data.check)
 
 
 def split_digest(dataset: Dataset) -> str:
@@ -148,21 +162,12 @@ def _check_teacher_data(teacher: Export, dataset: Dataset, trained_on: str) -> N
             "know the test patients; train the teacher on the same fold"
         )
     for name in teacher.config.modalities:
-        was, now = (_appearance(preprocess, name) for preprocess in (teacher.preprocess, dataset.preprocess))
+        was, now = (preprocess.inputs[name].looks for preprocess in (teacher.preprocess, dataset.preprocess))
         if was != now:
             raise ConfigError(
                 f"teacher {teacher.folder} was trained on {name!r} as {was}, this run makes it {now}; "
                 "set data.augment.crop, data.image_mean and data.image_std as the teacher's config has them"
             )
-
-
-def _appearance(preprocess: Preprocess, name: str) -> str:
-    """What a model sees of a modality, in words; the statistics of vectors follow from the samples."""
-    fitted = preprocess.inputs[name]
-    shape = " x ".join(map(str, fitted.spec.shape))
-    return f"{shape} {fitted.kind}" + (
-        f" with mean {fitted.mean} and std {fitted.std}" if isinstance(fitted, ImageInput) else ""
-    )
 
 
 def _dataset(settings: Settings, shards: ShardSet, modalities: list[str]) -> Dataset:
@@ -196,12 +201,8 @@ def assemble(settings: Settings, world: World) -> Job:
     trained_on = split_digest(dataset)
     if teacher is not None:
         _check_teacher_data(teacher, dataset, trained_on)
-    plan = Plan(
-        n_samples=len(dataset.train_label_N),
-        global_batch=settings.batch.global_batch,
-        seed=settings.run.seed,
-        epochs=settings.run.epochs,
-    )
+    plan = _plan(settings, dataset)
+    plan.local_slots(0, passes, world)  # whether it divides into these ranks is told now
     setup = Setup(
         model=settings.model,
         specs=dataset.input_specs,
@@ -223,6 +224,22 @@ def assemble(settings: Settings, world: World) -> Job:
     undo = Undo(method.trainable, method.state) if skip or settings.engine.precision == "fp16" else None
     return Job(
         settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher, trained_on, undo
+    )
+
+
+def _plan(settings: Settings, dataset: Dataset) -> Plan | StreamPlan:
+    data, global_batch = settings.data, settings.batch.global_batch
+    if data.streams:
+        counts = [len(numbers) for numbers in dataset.samples_of_shards("train")]
+        lanes, buffer = data.stream.lanes or math.gcd(global_batch, 64), data.stream.buffer
+        return StreamPlan(counts, global_batch, settings.run.seed, settings.run.epochs, lanes, buffer)
+    return Plan(
+        n_samples=len(dataset.train_label_N),
+        global_batch=global_batch,
+        seed=settings.run.seed,
+        epochs=settings.run.epochs,
+        balance=data.balance,
+        label_N=dataset.train_label_N,
     )
 
 

@@ -148,7 +148,8 @@ def skip(run: Run, words: str | None) -> None:
 
 
 def publish(run: Run, reading: Reading) -> None:
-    """One line of metrics and of progress; main rank only."""
+    """One line of metrics and of progress on the main rank; every rank notes the samples that it could not read."""
+    run.note_unreadable()
     if run.writer is None:
         return
     means = reading.means
@@ -166,6 +167,7 @@ def publish(run: Run, reading: Reading) -> None:
         lr=run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1),
         grad_norm=means.get("grad_norm"),
         skipped=run.skipped,
+        **({"replaced": reading.replaced} if reading.replaced else {}),
         timings=reading.timings | saving,
     )
     if run.progress is not None:

@@ -146,9 +146,16 @@ class Run:
             )
         return Interrupted(f"{where}; start again to go on")
 
+    def note_unreadable(self) -> None:
+        """Samples that this rank could not read and goes on without, to its events; once each."""
+        dataset = self.job.dataset
+        for sample, why in dataset.unreadable.news():
+            self.events.add("unreadable", step=self.step, sample=dataset.describe(sample)["key"], message=why)
+
     def close(self, error: BaseException | None) -> None:
         """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
         self.saver.abandon()
+        self.note_unreadable()
         state, kind = _ending(error)
         self.events.add(state, step=self.step, kind=kind, message=str(error or ""))
         if self.progress is not None:

@@ -50,6 +50,8 @@ class Reading:
     """Seconds by phase on this rank since the last reading, and the slowest rank."""
     stop: bool
     """Whether any rank was asked to stop."""
+    replaced: int
+    """Samples that could not be read and were replaced by others, over all ranks of this attempt."""
 
 
 class Tally:
@@ -87,12 +89,14 @@ class Tally:
         busy_s = sum(timings.get(phase, 0.0) for phase in _OWN_WORK)
         now = time.perf_counter()
         asked = int(stop_flag.received is not None)
-        reduced = self._meter.reduce(self.job.world, flag=asked, own=(busy_s, now - self._since))
+        own = (busy_s, now - self._since, float(self.job.dataset.unreadable.replaced))
+        reduced = self._meter.reduce(self.job.world, flag=asked, own=own)
         self.guard.check(reduced.means.get("loss", 0.0))
-        self._pacing.learn(max(wall_s for _, wall_s in reduced.by_rank) / max(1, self._steps))
+        self._pacing.learn(max(wall_s for _, wall_s, _ in reduced.by_rank) / max(1, self._steps))
         self._steps, self._since = 0, now
-        straggler = _straggler([busy_s for busy_s, _ in reduced.by_rank])
-        return Reading(reduced.means, timings | straggler, reduced.flags > 0)
+        straggler = _straggler([busy_s for busy_s, _, _ in reduced.by_rank])
+        replaced = int(sum(replaced for _, _, replaced in reduced.by_rank))
+        return Reading(reduced.means, timings | straggler, reduced.flags > 0, replaced)
 
     def carry(self) -> list[list[dict[str, float]]]:
         """What every rank has measured since the last reading, for a checkpoint between two of them. One gather.

@@ -14,8 +14,8 @@ import torch
 
 from distkd.base import Batch, InputSpec, World
 from distkd.data.manifest import MANIFEST, Split
+from distkd.data.shardset import ShardSet
 from distkd.data.transform import Preprocess
-from distkd.data.wds import ShardSet
 from distkd.errors import ConfigError, DataError
 from distkd.files import atomic_folder
 from distkd.metrics.predictions import Predictions, write_predictions

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distkd.data.wds import ShardSet
+from distkd.data.shardset import ShardSet
 from tests.data.toy import open_toy
 
 

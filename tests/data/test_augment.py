@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -18,7 +22,10 @@ from distkd.data.augment import (
     crop_size,
     image_draws,
     jitter_matrix,
+    jitter_steps,
+    normal_noise,
     vary_vectors,
+    warp_image,
 )
 from distkd.data.manifest import Modality
 from distkd.data.transform import Preprocess, fit_image
@@ -77,9 +84,26 @@ def test_nothing_is_varied_by_default():
     )
 
 
-@pytest.mark.parametrize("bad", [{"hflip": 1.5}, {"crop": 0}, {"brightness": -0.1}, {"hue": 0.6}, {"blur": 1}])
-def test_amounts_out_of_range_are_refused(bad: dict[str, float]):
-    with pytest.raises(ValidationError):
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hflip": 1.5},
+        {"crop": 0},
+        {"brightness": -0.1},
+        {"hue": 0.6},
+        {"blur": 1},
+        {"rotation": 181},
+        {"scale": [0, 1]},
+        {"scale": [1.2, 0.9]},
+        {"shift": [1, 0]},
+        {"affine_probability": 2},
+        {"jitter_probability": -1},
+        {"jitter_order": "batch"},
+        {"warps": "twice"},
+    ],
+)
+def test_amounts_out_of_range_are_refused(bad: dict[str, Any]):
+    with pytest.raises(ValidationError, match=next(iter(bad))):
         AugmentConfig.model_validate(bad)
 
 
@@ -181,3 +205,176 @@ def test_a_vectors_change_depends_on_its_own_key_and_modality():
     for i in range(9):
         np.testing.assert_array_equal(vary_vectors(vectors[i : i + 1], ALL, "gene", keys[i : i + 1])[0], together[i])
     assert (vary_vectors(vectors, ALL, "other", keys[:9]) != together).any()
+
+
+WARPS = AugmentConfig(rotation=45, scale=(0.95, 1.2), shift=(0.05, 0.1), affine_probability=0.5)
+still = {"top": 0.5, "left": 0.5, "hflip": False, "vflip": False}
+plain = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+
+
+def still_draw(**changes: Any) -> ImageDraw:
+    return ImageDraw(**{**still, **plain, **changes})
+
+
+def test_new_changes_move_no_draw_of_the_old_ones():
+    config = ALL.model_copy(update={"rotation": 30.0, "jitter_order": "random", "scale": (0.5, 2.0)})
+    names = ["top", "left", "hflip", "vflip", "brightness", "contrast", "saturation", "hue"]
+    for old, new in zip(image_draws(ALL, keys[:20]), image_draws(config, keys[:20]), strict=True):
+        assert [getattr(old, name) for name in names] == [getattr(new, name) for name in names]
+        assert not old.warps
+        assert new.warps
+
+
+def test_each_warp_comes_as_often_as_asked_and_by_itself():
+    draws = image_draws(WARPS, keys)
+    turned = np.array([[draw.angle != 0, draw.scale != 1, draw.shift != (0, 0)] for draw in draws])
+    np.testing.assert_allclose(turned.mean(axis=0), 0.5, atol=0.03)
+    np.testing.assert_allclose(np.corrcoef(turned.T) - np.eye(3), 0, atol=0.06)
+    angle, scale = np.array([draw.angle for draw in draws]), np.array([draw.scale for draw in draws])
+    assert (angle.min(), angle.max()) == (pytest.approx(-45, abs=0.2), pytest.approx(45, abs=0.2))
+    assert (scale.min(), scale.max()) == (pytest.approx(0.95, abs=0.01), pytest.approx(1.2, abs=0.01))
+    shift = np.array([draw.shift for draw in draws])
+    np.testing.assert_allclose(np.abs(shift).max(axis=0), [0.05, 0.1], atol=0.002)
+
+
+def reference_warp(image_HWC: np.ndarray, draw: ImageDraw) -> np.ndarray:
+    """Of a square image: torch's grid and sampler in float64, normalised coordinates throughout."""
+    angle, x, y = np.deg2rad(draw.angle), 2 * draw.shift[0], 2 * draw.shift[1]
+    steps = {
+        "flip": np.diag([-1.0 if draw.hflip else 1.0, -1.0 if draw.vflip else 1.0, 1]),
+        "turn": np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]]),
+        "scale": np.diag([1 / draw.scale, 1 / draw.scale, 1]),
+        "shift": np.array([[1, 0, -x], [0, 1, -y], [0, 0, 1]]),
+    }
+    whole = steps["flip"] @ steps["turn"] @ steps["scale"] @ steps["shift"]
+    made = torch.as_tensor(image_HWC.transpose(2, 0, 1).astype(np.float64))[None]
+    for step in steps.values() if draw.successive else [whole]:
+        grid = F.affine_grid(torch.as_tensor(step[:2])[None], list(made.shape), align_corners=False)
+        made = F.grid_sample(made, grid, align_corners=False)
+    return made[0].numpy().transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("warps", ["composed", "successive"])
+def test_warps_are_what_affine_grid_and_grid_sample_say(warps: str):
+    image = np.random.default_rng(0).integers(0, 256, size=(16, 16, 3), dtype=np.uint8)
+    config = WARPS.model_copy(update={"warps": warps, "hflip": 0.5, "vflip": 0.5})
+    draws = [draw for draw in image_draws(config, keys[:30]) if draw.warps]
+    for draw in draws:
+        # 256 grey values, and a step between two of them is sampled to 1e-6 pixels
+        np.testing.assert_allclose(warp_image(image, (16, 16), draw), reference_warp(image, draw), atol=2e-2)
+    assert len(draws) > 20
+
+
+def test_one_warp_alone_is_the_same_composed_or_successive_and_all_three_are_not():
+    image = np.random.default_rng(0).integers(0, 256, size=(16, 12, 1), dtype=np.uint8)
+    for alone in ({"angle": 20.0}, {"scale": 1.1}, {"shift": (0.1, -0.05)}):
+        one, other = (warp_image(image, (16, 12), still_draw(successive=s, **alone)) for s in (False, True))
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    both = {"angle": 20.0, "scale": 1.1, "shift": (0.1, -0.05)}
+    one, other = (warp_image(image, (16, 12), still_draw(successive=s, **both)) for s in (False, True))
+    assert np.abs(one - other).max() > 5
+
+
+def test_a_quarter_turn_of_an_oblong_image_keeps_its_pixels_square():
+    image = np.zeros((9, 15, 1), np.uint8)
+    image[4, 4:11] = 200  # a bar along x
+    made = warp_image(image, (9, 15), still_draw(angle=90.0))
+    expected = np.zeros((9, 15, 1))
+    expected[1:8, 7] = 200
+    np.testing.assert_allclose(made, expected, atol=0.01)
+
+
+def test_a_shift_moves_to_the_right_and_down_and_leaves_zeros():
+    image = np.random.default_rng(0).integers(1, 256, size=(8, 10, 2), dtype=np.uint8)
+    made = warp_image(image, (8, 10), still_draw(shift=(0.2, 0.25)))
+    np.testing.assert_allclose(made[2:, 2:], image[:-2, :-2], atol=1e-3)
+    assert not made[:2].any()
+    assert not made[:, :2].any()
+
+
+def test_a_warped_crop_goes_on_where_the_image_does():
+    image = np.random.default_rng(0).integers(1, 256, size=(20, 20, 1), dtype=np.uint8)
+    moved = {"shift": (0.25, 0.0), "top": 0.5, "left": 0.5}
+    made = warp_image(image, (8, 8), still_draw(**moved))
+    np.testing.assert_allclose(made, image[6:14, 4:12], atol=1e-3)
+    flipped = warp_image(image, (8, 8), still_draw(hflip=True, **moved))
+    np.testing.assert_allclose(flipped, image[6:14, 8:16][:, ::-1], atol=1e-3)
+    assert not warp_image(image, (8, 8), still_draw(successive=True, **moved))[:, :2].any()
+
+
+def test_a_draw_without_warps_is_the_crop():
+    image = np.random.default_rng(0).integers(0, 256, size=(9, 8, 3), dtype=np.uint8)
+    draw = still_draw(top=0.2, left=0.9, hflip=True, vflip=True)
+    np.testing.assert_allclose(warp_image(image, (5, 4), draw), crop_image(image, (5, 4), draw), atol=1e-3)
+
+
+def test_coarse_and_fine_images_are_warped_alike():
+    coarse = np.random.default_rng(0).integers(0, 256, size=(12, 12, 1), dtype=np.uint8)
+    fine = coarse.repeat(4, axis=0).repeat(4, axis=1)
+    draw = still_draw(angle=30.0, scale=1.1, shift=(0.1, 0.05))
+    made = warp_image(fine, (48, 48), draw).reshape(12, 4, 12, 4, 1).mean(axis=(1, 3))
+    assert np.abs(made - warp_image(coarse, (12, 12), draw)).mean() < 12
+    assert np.abs(made - coarse).mean() > 60
+
+
+def test_warped_and_jittered_images_have_the_same_bits_in_any_thread():
+    image = np.random.default_rng(0).integers(0, 256, size=(130, 137, 3), dtype=np.uint8)
+    transform = image_transform((130, 137, 3), 0.9)
+    config = WARPS.model_copy(update={"brightness": 0.2, "contrast": 0.2, "jitter_order": "random"})
+    draws = image_draws(config, keys[:6])
+    n_threads, alone = torch.get_num_threads(), [transform.image("x", image, draw) for draw in draws]
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda draw: transform.image("x", image, draw), draws[::-1]))[::-1]
+    finally:
+        torch.set_num_threads(n_threads)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_jitter_is_left_out_as_often_as_asked():
+    config = AugmentConfig(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1, jitter_probability=0.5)
+    draws = image_draws(config, keys)
+    assert np.mean([draw.jitters for draw in draws]) == pytest.approx(0.5, abs=0.03)
+    assert {draw.brightness == 1 for draw in draws if not draw.jitters} == {True}
+
+
+def test_orders_of_the_jitter_are_drawn_evenly_and_hue_is_last():
+    draws = image_draws(AugmentConfig(jitter_order="random"), keys)
+    orders, counts = np.unique([draw.order for draw in draws], axis=0, return_counts=True)
+    assert len(orders) == 6
+    assert set(orders[:, 3]) == {"hue"}
+    np.testing.assert_allclose(counts / len(draws), 1 / 6, atol=0.025)
+    assert {draw.order for draw in image_draws(AugmentConfig(), keys[:20])} == {()}
+
+
+def test_jitter_in_an_order_is_clamped_after_each_step():
+    image = np.random.default_rng(0).integers(0, 256, size=(9, 7, 3), dtype=np.uint8)
+    transform = image_transform((9, 7, 3))
+    config = AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5, jitter_order="random")
+    for draw in image_draws(config, keys[:20]):
+        x = image / 255
+        for step in jitter_steps(draw):
+            x = np.clip(slow_jitter(x * 255, step), 0, 1)
+        whole = still_draw(**{name: getattr(draw, name) for name in plain}, order=draw.order)
+        np.testing.assert_allclose(transform.image("x", image, whole).transpose(1, 2, 0), 2 * x - 1, atol=4e-6)
+
+
+def test_without_clamping_the_order_of_the_jitter_makes_no_difference():
+    image = np.random.default_rng(0).integers(100, 150, size=(9, 7, 3), dtype=np.uint8)
+    transform = image_transform((9, 7, 3))
+    factors = {"brightness": 1.1, "contrast": 0.9, "saturation": 1.2}
+    at_once = transform.image("x", image, still_draw(**factors))
+    for order in (("contrast", "saturation", "brightness", "hue"), ("saturation", "brightness", "contrast", "hue")):
+        in_order = transform.image("x", image, still_draw(**factors, order=order))
+        np.testing.assert_allclose(in_order, at_once, atol=2e-6)
+
+
+def test_normal_noise_is_normal_and_a_prefix_of_more():
+    noise = normal_noise(torch.tensor(5), 100_001)
+    assert noise.dtype == np.float32
+    assert (noise.mean(), noise.std()) == (pytest.approx(0, abs=0.02), pytest.approx(1, abs=0.02))
+    assert (np.abs(noise) < 1).mean() == pytest.approx(0.6827, abs=0.01)
+    np.testing.assert_array_equal(normal_noise(torch.tensor([5]), 33), noise[:33])
+    assert (normal_noise(torch.tensor(6), 33) != noise[:33]).any()

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distkd.base import UNLABELLED, Batch, InputSpec
-from distkd.data.dataset import DataConfig, Dataset, choose_labelled
+from distkd.data.dataset import DataConfig, Dataset
 from distkd.data.manifest import Fold
-from distkd.data.wds import ShardSet
+from distkd.data.shardset import ShardSet
+from distkd.data.splits import choose_labelled
 from distkd.errors import ConfigError, DataError
 from distkd.ops.draws import integer_key
 from tests.data.toy import open_toy

@@ -14,7 +14,7 @@ from distkd.base import World
 from distkd.data.dataset import DataConfig, Dataset
 from distkd.data.loader import eval_batches, train_batches
 from distkd.data.plan import Plan
-from distkd.data.wds import ShardSet
+from distkd.data.shardset import ShardSet
 from distkd.errors import DataError
 
 

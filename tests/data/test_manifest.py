@@ -42,8 +42,8 @@ def test_unreadable_manifest_is_a_data_error(tmp_path: Path):
     ("text", "words"),
     [
         ("{", r"is not a valid manifest: file: invalid json.*build the shard set again"),
-        ('{"format_version": 2}', "has format version 2, this distkd reads 1; update distkd"),
-        ('{"format_version": 0}', "has format version 0, this distkd reads 1; build the shard set again"),
+        ('{"format_version": 3}', "has format version 3, this distkd reads 1 to 2; update distkd"),
+        ('{"format_version": 0}', "has format version 0, this distkd reads 1 to 2; build the shard set again"),
         ("{}", "is not a valid manifest: task: field required; .*and 5 more"),
     ],
 )

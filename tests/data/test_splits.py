@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distkd.data.manifest import Fold
+from distkd.data.shardset import ShardSet
 from distkd.data.splits import (
     check_classes,
     check_patient_law,
@@ -18,7 +19,6 @@ from distkd.data.splits import (
     patient_folds,
     split_numbers,
 )
-from distkd.data.wds import ShardSet
 from distkd.errors import DataError
 
 counts = st.lists(st.integers(5, 23), min_size=2, max_size=4)

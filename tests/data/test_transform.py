@@ -80,6 +80,22 @@ def test_it_says_what_the_model_receives():
         preprocess().only(["genes"])
 
 
+def test_it_says_in_words_what_a_model_sees():
+    looks = {name: fitted.looks for name, fitted in preprocess().inputs.items()}
+    assert looks == {
+        "gene": "3 vector",
+        "slide": "3 x 4 x 3 image with mean [0.5, 0.4, 0.3] and std [0.2, 0.2, 0.2]",
+    }
+
+
+def test_a_stored_float_image_is_not_written_into():
+    modality = Modality(kind="image", dtype="float32", shape=(2, 2, 1), codec="npy")
+    raw = np.full((2, 2, 1), 3.0, np.float32)
+    raw.flags.writeable = False
+    made = Preprocess({"x": fit_image(modality, name="x", crop=1, mean=(1.0,), std=(2.0,))}).image("x", raw)
+    assert (made.item(0), raw.item(0)) == (1, 3)
+
+
 def test_images_are_cropped_scaled_and_normalised_by_channel():
     image = np.random.default_rng(1).integers(0, 256, size=(8, 6, 3), dtype=np.uint8)
     made = preprocess().apply({"slide": image})["slide"]

@@ -1,12 +1,12 @@
-"""Reading by number: what was written comes back from any thread or process, and damage is named."""
+"""Tars by offset: the same bytes from any thread or process, and a tar of which the manifest says nothing, walked."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 import os
 import pickle
-import shutil
+import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,193 +14,173 @@ import numpy as np
 import pytest
 
 from distkd.data import wds
-from distkd.data.manifest import MANIFEST
-from distkd.data.wds import ShardSet
-from distkd.errors import DataError
-from tests.data.toy import toy_arrays
+from distkd.data.wds import TarFault, TarFiles, leads_out, members
+
+DATA = [bytes([number]) * (100 + 300 * number) for number in range(5)]
 
 
-def digest(shard_set: ShardSet, sample: int) -> str:
-    arrays = shard_set.read(sample, shard_set.manifest.modalities)
-    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+def write_tar(path: Path, entries: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in entries:
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(data), kind
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
-def expected_digest(sample: int) -> str:
-    arrays = toy_arrays(sample)
-    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    return write_tar(tmp_path / "a.tar", [(f"m{number}", data) for number, data in enumerate(DATA)])
 
 
-def test_every_sample_comes_back_as_it_was_written(toy: ShardSet):
-    for sample in range(len(toy)):
-        found = toy.read(sample, toy.manifest.modalities)
-        assert found.keys() == toy_arrays(sample).keys()
-        for name, array in toy_arrays(sample).items():
-            np.testing.assert_array_equal(found[name], array)
-            assert found[name].dtype == array.dtype
+def open_files(*paths: Path) -> TarFiles:
+    return TarFiles(paths[0].parent, [path.name for path in paths], [path.stat().st_size for path in paths])
 
 
-def test_only_what_is_asked_for_is_read_and_what_is_missing_is_absent(toy: ShardSet):
-    assert toy.read(0, ["gene"]).keys() == {"gene"}
-    assert toy.read(2, ["gene", "coarse"]).keys() == {"coarse"}
-    assert toy.has("gene").tolist() == [number % 3 != 2 for number in range(len(toy))]
+def test_members_are_where_tarfile_finds_them(tar: Path):
+    with tarfile.open(tar) as reference:
+        expected = [(member.name, member.offset, member.offset_data, member.size) for member in reference]
+    assert [(m.name, m.header, m.offset, m.size) for m in members(tar)] == expected
 
 
-def test_threads_read_the_same(toy: ShardSet):
-    wanted = list(range(len(toy))) * 5
+def test_long_names_are_put_together(tmp_path: Path):
+    name = "k" * 80 + "/" + "n" * 90
+    assert [m.name for m in members(write_tar(tmp_path / "a.tar", [(name, b"x")]))] == [name]
+
+
+def test_every_member_comes_back_whole(tar: Path):
+    files = open_files(tar)
+    assert [files.read(0, m.offset, m.size) for m in members(tar)] == DATA
+    assert files.n_open == 1
+    files.close()
+    assert files.n_open == 0
+    assert files.read(0, 512, 100) == DATA[0]
+
+
+def test_rows_are_filled_behind_their_header(tmp_path: Path):
+    rows = np.random.default_rng(0).integers(0, 256, (6, 50), dtype=np.uint8)
+    paths = [
+        write_tar(tmp_path / f"{k}.tar", [(f"m{n}", b"HEAD" + rows[n].tobytes()) for n in range(3 * k, 3 * k + 3)])
+        for k in range(2)
+    ]
+    files, order = open_files(*paths), [5, 0, 3, 3]
+    offsets = [m.offset for path in paths for m in members(path)]
+    out = np.zeros((4, 50), dtype=np.uint8)
+    odd = files.read_rows([n // 3 for n in order], [offsets[n] for n in order], b"HEAD", list(out))
+    assert odd == []
+    np.testing.assert_array_equal(out, rows[order])
+
+
+def test_rows_that_are_not_as_expected_are_told_by_their_place(tar: Path, tmp_path: Path):
+    import google_crc32c
+
+    files = open_files(tar)
+    offsets = [m.offset for m in members(tar)]
+    out = list(np.zeros((3, 90), dtype=np.uint8))
+    header = DATA[1][:10]
+    sums = [google_crc32c.value(DATA[1][:100])] * 3
+    assert files.read_rows([0] * 3, [offsets[2], offsets[1], 1 << 40], header, out) == [0, 2]
+    assert files.read_rows([0] * 3, [offsets[1]] * 3, header, out, [sums[0], sums[0] ^ 1, -1]) == [1]
+    tar.unlink()
+    files.close()
+    assert files.read_rows([0] * 3, [offsets[1]] * 3, header, out) == [0, 1, 2]
+    assert files.read_rows([], [], header, []) == []
+
+
+def test_a_file_of_another_size_is_not_read(tar: Path):
+    files = open_files(tar)
+    with tar.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(OSError, match=r"the file was replaced or cut: it has \d+ bytes, manifest says \d+"):
+        files.read(0, 512, 100)
+
+
+def test_many_files_are_read_without_keeping_them_open(tar: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wds, "_MAX_OPEN", 0)
+    files = open_files(tar)
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    assert [files.read(0, m.offset, m.size) for m in members(tar)] == DATA
+    out = np.zeros((2, 90), dtype=np.uint8)
+    assert files.read_rows([0, 0], [512, 512], DATA[0][:10], list(out)) == []
+    assert bytes(out[1]) == DATA[0][10:]
+    assert files.n_open == 0
+    assert before == (len(os.listdir("/proc/self/fd")) if before else 0)
+
+
+def test_threads_and_another_process_read_the_same(tar: Path):
+    files, wanted = open_files(tar), list(members(tar)) * 20
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda sample: digest(toy, sample), wanted)) == [
-            expected_digest(sample) for sample in wanted
-        ]
-
-
-def test_many_shards_are_read_without_keeping_them_open(toy: ShardSet, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wds, "_MAX_OPEN", 1)
-    fresh = ShardSet(toy.folder)
-    assert [digest(fresh, sample) for sample in range(len(fresh))] == [expected_digest(s) for s in range(len(fresh))]
-    assert fresh._descriptors == {}
+        found = list(pool.map(lambda m: files.read(0, m.offset, m.size), wanted))
+    assert found == DATA * 20
+    again = pickle.loads(pickle.dumps(files))
+    assert again.n_open == 0
+    assert again.read(0, wanted[3].offset, wanted[3].size) == DATA[3]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_process_reads_the_same(toy: ShardSet):
-    assert digest(toy, 0) == expected_digest(0)  # descriptors are open before the fork
+def test_a_forked_process_opens_its_own(tar: Path):
+    files = open_files(tar)
+    assert files.read(0, 512, 100) == DATA[0]
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(write_end, "".join(digest(toy, sample) for sample in (0, 30, 5)).encode())
+            os.write(write_end, f"{zlib.crc32(files.read(0, 512, 100))}".encode())
+            files.close()
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(read_end, 1000).decode() == "".join(expected_digest(sample) for sample in (0, 30, 5))
+    assert int(os.read(read_end, 100)) == zlib.crc32(DATA[0])
     os.close(read_end)
     os.close(write_end)
-    assert digest(toy, 1) == expected_digest(1)
+    assert files.read(0, 512, 100) == DATA[0]
 
 
-def test_it_travels_to_another_process(toy: ShardSet):
-    assert digest(pickle.loads(pickle.dumps(toy)), 7) == expected_digest(7)
+@pytest.mark.parametrize(
+    "at, words",
+    [
+        (3, "is damaged in the header at byte 0, behind its start: its sum is"),
+        (150, "is damaged in the header at byte 0, behind its start"),
+        (512 + 100, "is damaged in the padding of 'm0', between 612 and 1024"),
+        (-1, "is damaged in the zeros behind member 'm4'"),
+    ],
+)
+def test_a_flipped_byte_beside_the_data_is_named(tar: Path, at: int, words: str):
+    content = bytearray(tar.read_bytes())
+    content[at] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(TarFault, match=words):
+        list(members(tar))
 
 
-def test_a_closed_set_opens_again_when_it_is_read(toy_folder: Path):
-    shard_set = ShardSet(toy_folder)
-    assert digest(shard_set, 3) == expected_digest(3)
-    shard_set.close()
-    assert digest(shard_set, 3) == expected_digest(3)
+@pytest.mark.parametrize(
+    "n_bytes, words",
+    [(700, "ends at byte 700 behind member 'm0'|ends at byte 700, inside member 'm0'"), (600, "inside member 'm0'")],
+)
+def test_a_truncated_tar_is_named(tar: Path, n_bytes: int, words: str):
+    os.truncate(tar, n_bytes)
+    with pytest.raises(TarFault, match=words):
+        list(members(tar))
 
 
-def test_unknown_samples_and_modalities_are_refused(toy: ShardSet):
-    with pytest.raises(DataError, match=r"sample 48 is not in shard set .*, which has samples 0\.\.47"):
-        toy.read(48, ["gene"])
-    with pytest.raises(DataError, match=r"unknown modality 'gen' .*did you mean 'gene'"):
-        toy.read(0, ["gen"])
-    with pytest.raises(DataError, match="'outcome' is excluded"):
-        toy.has("outcome")
+def test_a_tar_without_its_end_is_named(tar: Path):
+    os.truncate(tar, list(members(tar))[1].header)
+    with pytest.raises(TarFault, match=r"ends at byte 1024 behind member 'm0', without the zeros of a tar's end"):
+        list(members(tar))
 
 
-def test_a_missing_shard_is_found_when_the_set_is_opened(toy_folder: Path):
-    (toy_folder / "toy-000001.tar").unlink()
-    with pytest.raises(DataError, match=r"shard 'toy-000001\.tar' is missing from .*copy it again or build it again"):
-        ShardSet(toy_folder)
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE])
+def test_links_folders_and_devices_are_refused(tmp_path: Path, kind: bytes):
+    path = write_tar(tmp_path / "a.tar", [("m0", b"")], kind)
+    with pytest.raises(TarFault, match=r"has a member 'm0/?' of type '.' at byte 0; shards hold plain files"):
+        list(members(path))
 
 
-def test_a_truncated_shard_is_found_when_the_set_is_opened(toy_folder: Path):
-    path = toy_folder / "toy-000000.tar"
-    size = path.stat().st_size
-    os.truncate(path, 1000)
-    with pytest.raises(DataError, match=rf"shard 'toy-000000\.tar' is truncated: 1000 bytes, manifest says {size}"):
-        ShardSet(toy_folder)
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..\\x", "\\x", "C:/x"])
+def test_names_that_lead_out_of_a_folder(name: str):
+    assert leads_out(name)
 
 
-def test_a_longer_shard_is_found_when_the_set_is_opened(toy_folder: Path):
-    with (toy_folder / "toy-000000.tar").open("ab") as file:
-        file.write(b"more")
-    with pytest.raises(DataError, match=r"shard 'toy-000000\.tar' has \d+ bytes, manifest says \d+"):
-        ShardSet(toy_folder)
-
-
-def test_a_shard_cut_after_opening_is_found_when_it_is_read(toy_folder: Path):
-    shard_set = ShardSet(toy_folder)
-    os.truncate(toy_folder / "toy-000000.tar", 600)
-    with pytest.raises(
-        DataError, match=r"'slide' of sample 's-000' in shard 'toy-000000\.tar' is cut off: 0 bytes, expected"
-    ):
-        shard_set.read(0, ["slide"])
-
-
-def test_a_shard_removed_after_opening_is_found_when_it_is_read(toy_folder: Path):
-    shard_set = ShardSet(toy_folder)
-    (toy_folder / "toy-000000.tar").unlink()
-    with pytest.raises(DataError, match="cannot read 'slide' of sample 's-000'"):
-        shard_set.read(0, ["slide"])
-
-
-def test_damaged_bytes_are_found_when_they_are_read(toy_folder: Path):
-    shard_set = ShardSet(toy_folder)
-    place = shard_set.manifest.samples.bytes["slide"][0]
-    assert place is not None
-    with (toy_folder / "toy-000000.tar").open("r+b") as file:
-        file.seek(place[0])
-        file.write(b"damage")
-    with pytest.raises(
-        DataError, match=r"'slide' of sample 's-000' in shard 'toy-000000\.tar' is not a readable image"
-    ):
-        shard_set.read(0, ["slide"])
-
-
-def test_a_sound_set_verifies_and_shows_its_progress(toy: ShardSet):
-    seen: list[str] = []
-
-    def progress(names):
-        for name in names:
-            seen.append(name)
-            yield name
-
-    toy.verify(progress)
-    assert seen == [shard.file for shard in toy.manifest.shards]
-
-
-@pytest.mark.parametrize("place", [0, 100, 700, 20_000, -1])
-def test_one_changed_byte_anywhere_is_found(toy_folder: Path, place: int):
-    path = toy_folder / "toy-000001.tar"
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard 'toy-000001\.tar' has SHA-256 .*, manifest says"):
-        ShardSet(toy_folder).verify()
-
-
-def test_verify_names_every_damaged_shard_and_counts_the_rest(toy_folder: Path):
-    for path in sorted(toy_folder.glob("*.tar")):
-        content = bytearray(path.read_bytes())
-        content[600] ^= 255
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=r"toy-000000\.tar.*toy-000001\.tar"):
-        ShardSet(toy_folder).verify()
-
-
-def test_verify_finds_a_manifest_that_points_elsewhere(toy_folder: Path):
-    content = json.loads((toy_folder / MANIFEST).read_text())
-    slides = content["samples"]["bytes"]["slide"]
-    slides[0], slides[1] = slides[1], slides[0]
-    (toy_folder / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"'s-000\.slide\.png' of shard 'toy-000000\.tar' lies at .*, manifest says"):
-        ShardSet(toy_folder).verify()
-
-
-def test_verify_finds_a_sample_that_the_manifest_does_not_list(toy_folder: Path):
-    content = json.loads((toy_folder / MANIFEST).read_text())
-    for column in [
-        *content["samples"]["bytes"].values(),
-        *(content["samples"][n] for n in content["samples"] if n != "bytes"),
-    ]:
-        del column[0]
-    content["shards"][0]["samples"] -= 1
-    (toy_folder / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"shard 'toy-000000\.tar' has (\d+) samples, manifest says \d+"):
-        ShardSet(toy_folder).verify()
-
-
-def test_verify_finds_a_stray_shard(toy_folder: Path):
-    shutil.copy(toy_folder / "toy-000000.tar", toy_folder / "other.tar")
-    with pytest.raises(DataError, match=r"'other\.tar' is in the folder, but not in the manifest; remove it"):
-        ShardSet(toy_folder).verify()
+@pytest.mark.parametrize("name", ["x", "a..b.png", "s-1.slide.png", "a/b"])
+def test_names_that_stay_in_a_folder(name: str):
+    assert not leads_out(name)

@@ -18,7 +18,7 @@ from webdataset.compat import WebDataset
 
 from distkd.data.codec import DecodeError, decode, encode
 from distkd.data.manifest import Description, Fold, Modality
-from distkd.data.wds import ShardSet
+from distkd.data.shardset import ShardSet
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError
 from tests.data.toy import DESCRIPTION, toy_arrays, write_toy

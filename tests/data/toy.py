@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from distkd.data.manifest import Description, Manifest, Modality
+from distkd.data.shardset import ShardSet
 from distkd.data.splits import patient_folds
-from distkd.data.wds import ShardSet
 from distkd.data.write import ShardWriter
 
 DESCRIPTION = Description(

@@ -52,7 +52,6 @@ def _reduced() -> list[Case]:
         Case("dc_distill", "ddp", 2, 4),
         Case("dc_teacher", "ddp", 2, 2, in_place=True),
         Case("logit_kd", "ddp", 1, 4),
-        *([Case("supervised", "zero2", 2, 1)] if _is_there("zero2") else []),
     ]
 
 

@@ -90,11 +90,6 @@ def test_a_killed_run_ends_bit_equal_and_near_ddp(ranks: Any, shards: Path, root
     equal_up_to({name: expected[name] for name in trained}, trained, FLOAT)
 
 
-@pytest.mark.parametrize("engine", ["zero-1", "zero-2"])
-def test_the_other_stages_too(ranks: Any, shards: Path, root: Path, engine: str):
-    test_a_killed_run_ends_bit_equal_and_near_ddp(ranks, shards, root, "dc_distill", engine)
-
-
 def test_a_run_goes_from_engine_to_engine_and_from_world_to_world(ranks: Any, shards: Path, root: Path):
     """One folder, six attempts: the checkpoint belongs to none of them."""
     whole, moved = (_config("dc_distill", shards, root, name, "ddp") for name in ("stays", "moves"))

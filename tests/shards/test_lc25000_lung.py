@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distkd.data.wds import ShardSet
+from distkd.data.shardset import ShardSet
 from distkd.errors import ConfigError, DataError
 from shards import lc25000_lung
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from distkd.data import make
-from distkd.data.recipe import Skipped, number, raw_file, read_table, track
-from distkd.data.wds import ShardSet
+from distkd.data.raw.recipe import Skipped, number, raw_file, read_table, track
+from distkd.data.shardset import ShardSet
 from distkd.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +102,7 @@ def test_a_missing_file_names_the_folder_that_is_meant(tmp_path: Path):
     [
         ("t.csv", b"a,b\n1,2\n3\n", r"'.*t\.csv' line 3 has 1 cells, the header has 2; the file is damaged"),
         ("t.csv", b"a,c\n1,2\n", r"has no column b; it has a, c, \.\.\."),
+        ("t.csv", b"a,b,a\n1,2,3\n", "has column 'a' twice; rename one"),
         ("t.csv", b"a,b\n", "has no rows; copy it again"),
         ("t.csv", b"a,b\n\xff\xfe,1\n", "cannot read .*copy it again"),
         ("t.csv.gz", b"a,b\n1,2\n", "cannot read .*[Nn]ot a gzipped file"),

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from distkd.data.dataset import DataConfig, Dataset
+from distkd.data.shardset import ShardSet
 from distkd.data.splits import check_classes
-from distkd.data.wds import ShardSet
 from distkd.errors import DataError
 from shards import tcga_glioma
 

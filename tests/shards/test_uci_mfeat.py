@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distkd.data.wds import ShardSet
+from distkd.data.shardset import ShardSet
 from distkd.errors import DataError
 from shards import uci_mfeat
 

@@ -346,7 +346,7 @@ def test_shards_without_the_modality_are_refused(refused: Refusals, small: Small
     (refused.folder / "shards").mkdir()
     for path in small.shards.glob("*.tar"):
         (refused.folder / "shards" / path.name).symlink_to(path)
-    del content["modalities"]["slide"], content["samples"]["bytes"]["slide"]
+    del content["modalities"]["slide"], content["samples"]["bytes"]["slide"], content["samples"]["crc32c"]["slide"]
     (refused.folder / "shards" / "manifest.json").write_text(json.dumps(content))
     assert "unknown modality 'slide' for task 'toy'" in refused("picture", "shards")
 

@@ -9,32 +9,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
+from distkd.data.look.summary import missing_notes
 from distkd.data.manifest import SPLITS, Manifest
-from distkd.data.show import missing_notes
+from distkd.data.progress import track
+from distkd.data.write import Skipped
 from distkd.errors import DataError, DistkdError
 
 __all__ = ["Made", "Skipped", "arguments", "number", "raw_file", "read_table", "run", "track"]
-
-T = TypeVar("T")
-
-
-@dataclass
-class Skipped:
-    """What a recipe left out, by reason."""
-
-    by_reason: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-
-    def add(self, reason: str, name: str) -> None:
-        self.by_reason.setdefault(reason, []).append(name)
-
-    def lines(self) -> list[str]:
-        """One line per reason: how many, why, and the first few names."""
-        return [
-            f"skipped {len(names)}: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for reason, names in self.by_reason.items()
-        ]
 
 
 @dataclass(frozen=True)
@@ -45,11 +27,17 @@ class Made:
     skipped: Skipped = field(default_factory=Skipped)
 
 
-def arguments(description: str | None, *, raw: str | None) -> argparse.ArgumentParser:
+_FORMATS = {"wds": "WebDataset tars", "zarr": "a zarr group of volumes"}
+
+
+def arguments(
+    description: str | None, *, raw: str | None, formats: Sequence[str] = ("wds",)
+) -> argparse.ArgumentParser:
     """The options that every recipe has.
 
     Args:
         raw: what the raw folder must hold, for the help; None where the recipe needs none.
+        formats: containers that the recipe can make, the default first.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if raw is not None:
@@ -57,7 +45,10 @@ def arguments(description: str | None, *, raw: str | None) -> argparse.ArgumentP
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest.json"
     )
-    parser.add_argument("--format", choices=["wds"], default="wds", help="container of the samples: WebDataset tars")
+    offered = ", ".join(f"{name} ({_FORMATS[name]})" for name in formats)
+    parser.add_argument(
+        "--format", choices=list(formats), default=formats[0], help=f"container of the samples: {offered}"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of folds and all that is drawn (default 0)")
     return parser
 
@@ -71,7 +62,7 @@ def run(make: Callable[[argparse.Namespace], Made], parser: argparse.ArgumentPar
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; {str(options.out)!r} was not written", file=sys.stderr)
+        print(f"stopped; {str(options.out)!r} was not written; start again to go on", file=sys.stderr)
         return 1
     manifest = made.manifest
     for line in made.skipped.lines():
@@ -85,15 +76,6 @@ def run(make: Callable[[argparse.Namespace], Made], parser: argparse.ArgumentPar
     print(f"{len(manifest.folds)} folds ({manifest.split_rule}); patients of fold 0: {first}")
     print(f"wrote {options.out}; look at it with `distkd shards info {options.out}`")
     return 0
-
-
-def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar where standard error is a terminal."""
-    from rich.console import Console
-    from rich.progress import track as rich_track
-
-    console = Console(stderr=True)
-    return rich_track(items, label, total=total, console=console, disable=not console.is_terminal, transient=True)
 
 
 def raw_file(raw: Path, name: str, content: str) -> Path:
@@ -113,12 +95,15 @@ def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """Rows of a CSV file, gzipped or not.
 
     Raises:
-        DataError: unreadable, a column is missing, or a row has another number of cells than the header.
+        DataError: unreadable, a column is missing or there twice, or a row has another number of cells than the header.
     """
     try:
         with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
             reader = csv.reader(file)
             header = next(reader, list[str]())
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise DataError(f"{str(path)!r} has column {', '.join(map(repr, twice))} twice; rename one")
             absent = sorted(set(columns) - set(header))
             if absent:
                 raise DataError(f"{str(path)!r} has no column {', '.join(absent)}; it has {', '.join(header[:8])}, ...")

@@ -1,0 +1,1 @@
+"""A shard set for people: pages of numbers, and pictures."""

@@ -1,0 +1,1 @@
+"""What recipes share: raw folders, tables and images, and how a recipe is run."""

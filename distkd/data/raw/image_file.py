@@ -1,0 +1,37 @@
+"""Image files of raw data, stored as they are where that can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from distkd.data.codec import Encoded
+from distkd.data.manifest import Modality
+from distkd.errors import DataError
+
+__all__ = ["read_square"]
+
+_FORMATS = {"png": "PNG", "jpg": "JPEG"}
+
+
+def read_square(path: Path, modality: Modality) -> np.ndarray | Encoded:
+    """The file itself if it is of the modality's codec and in colour, its pixels otherwise.
+
+    Raises:
+        DataError: it is no image, or not of the modality's size.
+    """
+    side = modality.shape[0]
+    try:
+        with Image.open(path) as image:
+            if image.size != (side, side):
+                raise DataError(
+                    f"{str(path)!r} is {image.width} x {image.height} px, expected {side} x {side}; leave it out, or "
+                    "name the side of all images with --size"
+                )
+            if image.mode == "RGB" and image.format == _FORMATS[modality.codec]:
+                return Encoded(path.read_bytes())
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"cannot read the image {str(path)!r}: {error}; copy it again") from error

@@ -1,0 +1,1 @@
+"""Shard sets that lie elsewhere: fetched once a node, read one shard after another."""

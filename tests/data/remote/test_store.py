@@ -1,0 +1,871 @@
+"""A remote shard set through the node's cache: fetched once, checked, limited, and damage or trouble named."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distkd.data.manifest import MANIFEST, Manifest
+from distkd.data.remote import node_cache, transport
+from distkd.data.remote import store as store_module
+from distkd.data.remote.node_cache import CacheFullError
+from distkd.data.remote.store import LocalFiles, RemoteStore
+from distkd.data.remote.transport import TransferError, address, check_url, is_url, masked, open_stream
+from distkd.errors import ConfigError, DataError
+from tests.data.remote.serve import Handler, Server
+from tests.data.toy import write_toy
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+MIB = 1 << 20
+SHARD = "toy-000000.tar"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("remote") / "set"
+    return folder, write_toy(folder, shard_bytes=12_000)
+
+
+@pytest.fixture
+def source(made: tuple[Path, Manifest], tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(made[0], tmp_path / "set"))
+
+
+@pytest.fixture
+def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "*")
+    with Server(source) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def open_store(url: str, cache: Path, limit_bytes: int = 64 * MIB, **options: Any) -> RemoteStore:
+    return RemoteStore(url, cache, limit_bytes, **{"backoff_s": 0.0, "wait_s": 0.0, **options})
+
+
+@pytest.fixture
+def in_child() -> Iterator[Callable[[Callable[[], object]], int]]:
+    """Starts a process that does some work and leaves with 0, or 1 where it fails; none outlives the test."""
+    children: list[int] = []
+
+    def start(work: Callable[[], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        with suppress(ChildProcessError):  # whose end was waited for
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def bytes_on_disk(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def leftovers(cache: Path) -> list[str]:
+    return [path.name for path in cache.rglob("*.part")]
+
+
+def cached(cache: Path) -> set[str]:
+    return {path.name for path in cache.rglob("*.tar")}
+
+
+def test_a_file_is_fetched_at_its_first_use_only(server: Server, source: Path, cache: Path):
+    with open_store(server.url, cache) as store:
+        assert server.asked == []
+        assert store.manifest() == store.manifest()
+        for _ in range(2):
+            assert store.path(1).read_bytes() == (source / "toy-000001.tar").read_bytes()
+        assert server.asked == [MANIFEST, "toy-000001.tar"]
+        assert store.n_fetched == 2
+        assert store.bytes_fetched == sum((source / name).stat().st_size for name in server.asked)
+    assert leftovers(cache) == []
+
+
+def test_the_set_s_folder_is_one_of_a_shard_set(server: Server, source: Path, cache: Path):
+    with open_store(server.url, cache) as store:
+        assert (store.folder / MANIFEST).read_bytes() == (source / MANIFEST).read_bytes()
+        assert store.path(0) == store.folder / SHARD
+
+
+@pytest.mark.parametrize("url", ["file://{}", "file://{}/", "pipe:cat {}/{{}}", "pipe:cat '{}/{{}}' | cat"])
+def test_folders_and_commands_give_the_same(source: Path, cache: Path, url: str):
+    with open_store(url.format(source), cache) as store:
+        for number, shard in enumerate(store.manifest().shards):
+            assert store.path(number).read_bytes() == (source / shard.file).read_bytes()
+
+
+def test_a_local_folder_has_the_same_interface(made: tuple[Path, Manifest]):
+    files = LocalFiles(*made)
+    assert files.path(1) == made[0] / "toy-000001.tar"
+    files.release(1)
+
+
+def test_a_folder_s_name_may_hold_signs_that_urls_escape(source: Path, tmp_path: Path):
+    shutil.copytree(source, tmp_path / "a b")
+    with open_store(f"file://{tmp_path}/a%20b", tmp_path / "cache") as store:
+        assert store.path(0).stat().st_size == (source / SHARD).stat().st_size
+
+
+def test_the_same_set_elsewhere_is_found_in_the_cache(server: Server, source: Path, cache: Path):
+    with open_store(server.url, cache) as store:
+        store.path(0)
+    with open_store(f"file://{source}", cache) as store:
+        store.path(0)
+        assert store.n_fetched == 1  # the manifest
+    assert server.asked == [MANIFEST, SHARD]
+
+
+def test_another_set_of_the_same_names_is_kept_apart(source: Path, tmp_path: Path, cache: Path):
+    write_toy(tmp_path / "other", n_samples=30, shard_bytes=12_000)
+    for folder in (source, tmp_path / "other"):
+        with open_store(f"file://{folder}", cache) as store:
+            assert store.path(0).read_bytes() == (folder / SHARD).read_bytes()
+
+
+def test_a_manifest_is_asked_for_again_after_a_while(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    for _ in range(2):
+        with open_store(server.url, cache) as store:
+            store.manifest()
+    assert server.asked == [MANIFEST]
+    monkeypatch.setattr(store_module, "_FRESH_S", -1.0)
+    with open_store(server.url, cache) as store:
+        store.manifest()
+    assert server.asked == [MANIFEST, MANIFEST]
+
+
+def test_processes_of_a_node_fetch_each_file_once(server: Server, cache: Path, in_child: Callable[..., int]):
+    slow = threading.Event()
+
+    def answer(handler: Handler, body: bytes, turn: int) -> None:
+        slow.wait(5)  # until both processes want it
+        handler.reply(body)
+
+    server.answers[SHARD] = answer
+    n_shards = 3
+
+    def work() -> None:
+        with open_store(server.url, cache) as store:
+            for number in range(n_shards):
+                found = hashlib.sha256(store.path(number).read_bytes()).hexdigest()
+                assert found == store.manifest().shards[number].sha256
+
+    children = [in_child(work) for _ in range(2)]
+    while SHARD not in server.asked:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    slow.set()
+    assert [ended(child) for child in children] == [0, 0]
+    assert sorted(server.asked) == sorted([MANIFEST, *(f"toy-{number:06d}.tar" for number in range(n_shards))])
+
+
+def test_threads_fetch_each_file_once(server: Server, cache: Path):
+    with open_store(server.url, cache) as store:
+        threads = [threading.Thread(target=store.path, args=(0,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert store.path(0).exists()
+    assert server.asked == [MANIFEST, SHARD]
+
+
+def test_a_process_killed_in_the_middle_leaves_nothing_broken(
+    server: Server, source: Path, cache: Path, in_child: Callable[..., int]
+):
+    half, going_on = threading.Event(), threading.Event()
+
+    def answer(handler: Handler, body: bytes, turn: int) -> None:
+        if turn == 1:
+            handler.reply(body[: len(body) // 2], length=len(body))
+            half.set()
+            going_on.wait(10)
+        else:
+            handler.reply(body)
+
+    server.answers[SHARD] = answer
+    child = in_child(lambda: open_store(server.url, cache).path(0))
+    assert half.wait(10)
+    while not leftovers(cache):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
+    assert leftovers(cache) == [f".{SHARD}.part"]
+    assert cached(cache) == set()
+    going_on.set()
+    with open_store(server.url, cache) as store:
+        assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_what_a_killed_process_left_makes_room(source: Path, cache: Path, wanted: int):
+    with open_store(f"file://{source}", cache) as store:
+        folder, size = store.folder, (source / "toy-000001.tar").stat().st_size
+        (folder / f".{SHARD}.part").write_bytes(bytes(MIB))
+        limit = bytes_on_disk(cache) - MIB + size
+    with open_store(f"file://{source}", cache, limit) as store:
+        store.path(wanted)
+    assert leftovers(cache) == []
+
+
+def flipped(handler: Handler, body: bytes, turn: int) -> None:
+    handler.reply(body[:700] + bytes([body[700] ^ 1]) + body[701:])
+
+
+def short(handler: Handler, body: bytes, turn: int) -> None:
+    handler.reply(body[:1000], length=len(body))
+
+
+def long(handler: Handler, body: bytes, turn: int) -> None:
+    handler.reply(body + b"more")
+
+
+def busy(handler: Handler, body: bytes, turn: int) -> None:
+    handler.send_error(503)
+
+
+def silent(handler: Handler, body: bytes, turn: int) -> None:
+    handler.wfile.close()
+
+
+@pytest.mark.parametrize(
+    "answer, found",
+    [
+        (flipped, r"SHA-256 [0-9a-f]{12}\.\.\., manifest says [0-9a-f]{12}\.\.\.; copy the shard set there again"),
+        (short, r"1000 bytes, manifest says \d+; copy the shard set there again"),
+        (long, r"more than \d+ bytes, manifest says that; copy the shard set there again"),
+        (busy, r"HTTP status 503 Service Unavailable; check the address, the rights and the network"),
+        (silent, r"the connection broke \(.+\); check the address"),
+    ],
+)
+def test_trouble_is_named_after_three_attempts(server: Server, cache: Path, answer: Any, found: str):
+    server.answers[SHARD] = answer
+    with open_store(server.url, cache) as store:
+        with pytest.raises(
+            DataError, match=rf"^cannot fetch '{SHARD}' from '{server.url}/{SHARD}', attempt 3 of 3: {found}"
+        ):
+            store.path(0)
+        assert server.asked.count(SHARD) == 3
+        assert leftovers(cache) == []
+        assert cached(cache) == set()
+        del server.answers[SHARD]
+        store.path(0)  # mended there: goes on
+
+
+def test_what_is_not_there_is_asked_for_once(server: Server, source: Path, cache: Path):
+    (source / SHARD).unlink()
+    with open_store(server.url, cache) as store, pytest.raises(DataError, match=r"attempt 1 of 3: HTTP status 404 Not"):
+        store.path(0)
+    assert server.asked.count(SHARD) == 1
+    with (
+        open_store(f"file://{source}", cache) as store,
+        pytest.raises(DataError, match=rf"from 'file://{source}/{SHARD}', attempt 1 of 3: No such file"),
+    ):
+        store.path(0)
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_passing_trouble_is_overcome(server: Server, source: Path, cache: Path, status: int):
+    def answer(handler: Handler, body: bytes, turn: int) -> None:
+        if turn < 3:
+            handler.send_error(status)
+        else:
+            handler.reply(body)
+
+    server.answers[SHARD] = answer
+    with open_store(server.url, cache) as store:
+        assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
+    assert server.asked.count(SHARD) == 3
+
+
+def test_waits_grow_and_differ(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    server.answers[SHARD] = busy
+    waits: list[float] = []
+    with open_store(server.url, cache, backoff_s=0.5) as store:
+        store.manifest()
+        monkeypatch.setattr(store._never, "wait", waits.append)
+        with pytest.raises(DataError, match="attempt 3 of 3"):
+            store.path(0)
+    assert len(waits) == 2
+    assert 0.25 <= waits[0] <= 0.75
+    assert 0.5 <= waits[1] <= 1.5
+    assert waits[1] != 2 * waits[0]
+
+
+def test_a_server_that_stops_sending_is_given_up(server: Server, cache: Path):
+    stop = threading.Event()
+
+    def answer(handler: Handler, body: bytes, turn: int) -> None:
+        handler.reply(body[:100], length=len(body))
+        stop.wait(10)
+
+    server.answers[SHARD] = answer
+    with open_store(server.url, cache, stall_s=0.1, attempts=1) as store:
+        store.manifest()
+        with pytest.raises(DataError, match=r"attempt 1 of 1: the connection broke \(timed out\)"):
+            store.path(0)
+    stop.set()
+
+
+def test_no_server_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        with (
+            open_store(f"http://127.0.0.1:{taken.getsockname()[1]}/set", cache) as store,
+            pytest.raises(DataError, match=r"cannot fetch 'manifest\.json' from .*: no connection \(.*refused.*\)"),
+        ):
+            store.manifest()
+
+
+@pytest.mark.parametrize(
+    "command, found",
+    [
+        ("exit 7 # {}", "exit code 7"),
+        ("head -c 100 SOURCE/{}; exit 3", "exit code 3"),
+        ("kill -9 $$ # {}", "the command was killed by signal 9"),
+        ("head -c 100 SOURCE/{}", r"100 bytes, manifest says \d+"),
+        ("exec sleep 20 # {}", r"no byte for 0\.2 s"),
+        ("cat SOURCE/{}; exec 1>&-; exec sleep 20", r"the command has not ended 0\.2 s after its last byte"),
+    ],
+)
+def test_a_command_s_failure_is_named(source: Path, cache: Path, command: str, found: str):
+    with open_store(f"file://{source}", cache) as store:
+        store.manifest()
+        store.url = "pipe:" + command.replace("SOURCE", str(source))
+        store._stall_s = 0.2
+        with pytest.raises(DataError, match=rf"cannot fetch '{SHARD}' from 'pipe:.*', attempt 3 of 3: {found}; "):
+            store.path(0)
+
+
+def read_all(place: str) -> bytes:
+    with open_stream(place, stall_s=5) as read:
+        return b"".join(iter(read, b""))
+
+
+def test_a_failing_command_is_seen_when_webdataset_is_verbose(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GOPEN_VERBOSE", "1")  # it forgets the exit code then
+    with pytest.raises(TransferError, match="exit code 3"):
+        read_all("pipe:echo x; exec 1>&-; sleep 0.05; exit 3")
+
+
+def test_an_aborted_command_ends():
+    started = time.monotonic()
+    with suppress(KeyError), open_stream("pipe:echo x; exec sleep 20", stall_s=5) as read:
+        assert read()
+        raise KeyError
+    assert time.monotonic() - started < 15
+
+
+def test_a_command_cannot_be_run_in_webdataset_s_secure_mode(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("webdataset.utils.enforce_security", True)
+    with pytest.raises(TransferError, match=r"webdataset's gopen refuses it \(ValueError\)"):
+        read_all("pipe:cat x")
+
+
+def test_the_cache_keeps_within_its_limit_and_drops_the_least_recently_used(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        room = bytes_on_disk(cache)
+    assert len(shards) > 4
+    size = max(shard.bytes for shard in shards)
+    limit = room + 3 * size + 100
+    with open_store(f"file://{source}", cache, limit) as store:
+
+        def use(number: int) -> None:
+            store.path(number)
+            store.release(number)
+            assert bytes_on_disk(cache) <= limit
+
+        for number in (0, 1, 2):
+            use(number)
+        use(0)
+        use(3)
+        assert cached(cache) == {shards[number].file for number in (0, 2, 3)}
+        use(4)
+        assert cached(cache) == {shards[number].file for number in (0, 3, 4)}
+        assert store.n_fetched == 5
+
+
+def test_files_in_use_stay_and_a_cache_too_small_for_them_is_named(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        room = bytes_on_disk(cache)
+    size = max(shard.bytes for shard in shards)
+    limit = room + 2 * size + 100
+    with open_store(f"file://{source}", cache, limit) as store, open_store(f"file://{source}", cache, limit) as other:
+        store.path(0)
+        other.path(1)
+        with pytest.raises(
+            CacheFullError,
+            match=rf"^no room for '{shards[2].file}' in the cache .*: it needs {shards[2].bytes} bytes, \d+ of "
+            rf"the {limit} of data\.stream\.cache_gib are in use by the processes of this node; raise it to \S+ or "
+            "more$",
+        ):
+            store.path(2)
+        assert cached(cache) == {shards[0].file, shards[1].file}
+        other.release(1)
+        store.path(2)
+        assert cached(cache) == {shards[0].file, shards[2].file}
+
+
+def test_a_file_stays_until_it_is_released_as_often_as_it_was_asked_for(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        limit = bytes_on_disk(cache) + max(shard.bytes for shard in shards) + 100
+    with open_store(f"file://{source}", cache, limit) as store:
+        store.path(0)
+        store.path(0)
+        store.release(0)
+        with pytest.raises(CacheFullError):
+            store.path(1)
+        store.release(0)
+        store.path(1)
+    assert cached(cache) == {shards[1].file}
+
+
+def test_room_is_waited_for(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        limit = bytes_on_disk(cache) + max(shard.bytes for shard in shards) + 100
+    with open_store(f"file://{source}", cache, limit, wait_s=20.0) as store:
+        store.path(0)
+        release = threading.Timer(0.1, store.release, (0,))
+        release.start()
+        store.path(1)
+        release.join()
+    assert cached(cache) == {shards[1].file}
+
+
+def test_the_caller_s_spare_files_make_room(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        limit = bytes_on_disk(cache) + max(shard.bytes for shard in shards) + 100
+    with open_store(f"file://{source}", cache, limit) as store:
+        store.path(0)
+        store.path(1, spare=lambda: store.release(0) is None)
+    assert cached(cache) == {shards[1].file}
+
+
+def test_a_file_larger_than_the_limit_is_named(source: Path, cache: Path):
+    limit = (source / MANIFEST).stat().st_size * 3
+    with open_store(f"file://{source}", cache, limit) as store:
+        store.manifest()
+        with pytest.raises(
+            DataError, match=rf"'x' has {limit + 1} bytes, more than the {limit} of data\.stream\.cache_gib; raise it"
+        ):
+            store.fetch("x", limit + 1, "0" * 64)
+
+
+def test_a_manifest_larger_than_the_limit_is_named(source: Path, cache: Path):
+    with (
+        open_store(f"file://{source}", cache, 500) as store,
+        pytest.raises(DataError, match=r"cannot fetch 'manifest\.json' from .*: more than 500 bytes, the limit"),
+    ):
+        store.manifest()
+
+
+def test_nothing_but_its_own_is_removed(source: Path, cache: Path):
+    cache.mkdir()
+    (cache / "thesis.tar").write_bytes(bytes(MIB))
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        limit = bytes_on_disk(cache / "distkd-shards") + 2 * max(shard.bytes for shard in shards)
+    with open_store(f"file://{source}", cache, limit) as store:
+        for number in range(len(shards)):
+            store.path(number)
+            store.release(number)
+    assert (cache / "thesis.tar").stat().st_size == MIB
+    assert stat.S_IMODE((cache / "distkd-shards").stat().st_mode) == 0o700
+
+
+def test_a_forked_process_does_not_hold_its_parent_s_files(source: Path, cache: Path, in_child: Callable[..., int]):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        limit = bytes_on_disk(cache) + max(shard.bytes for shard in shards) + 100
+    with open_store(f"file://{source}", cache, limit) as store:
+        store.path(0)
+        from_child, ready = os.pipe()
+        released, to_child = os.pipe()
+
+        def work() -> None:
+            os.write(ready, b"x")
+            assert os.read(released, 1)
+            store.path(1)
+            store.path(0)  # which evicts: nothing else fits
+
+        def quiet() -> None:
+            with pytest.raises(CacheFullError):
+                work()
+
+        child = in_child(quiet)
+        assert os.read(from_child, 1)
+        store._cache.forget()  # closes without giving the locks back, as a killed process does
+        store.path(1)
+        assert cached(cache) == {shards[1].file}
+        store.release(1)
+        os.write(to_child, b"x")
+        assert ended(child) == 0
+    for descriptor in (from_child, ready, released, to_child):
+        os.close(descriptor)
+
+
+def test_a_store_travels_with_its_manifest(server: Server, cache: Path):
+    with open_store(server.url, cache) as store:
+        store.manifest()
+        with pickle.loads(pickle.dumps(store)) as other:
+            assert other.manifest() == store.manifest()
+            assert other.path(0) == store.path(0)
+    assert server.asked == [MANIFEST, SHARD]
+
+
+def test_a_cached_file_of_another_size_is_fetched_again(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        path = store.path(0)
+    os.truncate(path, 100)
+    with open_store(f"file://{source}", cache) as store:
+        assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
+        assert store.n_fetched == 1
+
+
+def test_a_cached_file_is_hashed_again_after_a_reboot(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    with open_store(f"file://{source}", cache) as store:
+        path = store.path(0)
+        store.path(1)
+    with path.open("r+b") as file:
+        file.write(bytes(100))  # of the right size, as after a power failure
+    monkeypatch.setattr(node_cache, "_boot", lambda: b"0" * 36)
+    with open_store(f"file://{source}", cache) as store:
+        assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
+        store.path(1)
+        assert store.n_fetched == 1
+
+
+def test_a_damaged_cached_file_is_mended_on_request(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        path = store.path(0)
+        assert not store.mend(0)
+        with path.open("r+b") as file:
+            file.write(bytes(100))
+        assert store.mend(0)
+        assert path.read_bytes() == (source / SHARD).read_bytes()
+        assert store.n_fetched == 3
+
+
+def test_a_full_disk_is_named(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_store(f"file://{source}", cache) as store:
+        size = store.manifest().shards[0].bytes
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(
+            DataError,
+            match=rf"the disk of the cache folder '.*' is full: no space for '{SHARD}' \({size} bytes\), \d+ bytes "
+            r"free; free some, lower data\.stream\.cache_gib \(\d+ bytes\), or choose another folder with "
+            r"data\.stream\.cache$",
+        ):
+            store.path(0)
+    assert leftovers(cache) == []
+
+
+def test_a_disk_that_fills_up_below_the_limit_is_made_room_on(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with open_store(f"file://{source}", cache) as store:
+        store.path(0)
+        store.release(0)
+        allocate = os.posix_fallocate
+
+        def full_once(descriptor: int, offset: int, size: int) -> None:
+            if SHARD in cached(cache):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            allocate(descriptor, offset, size)
+
+        monkeypatch.setattr(os, "posix_fallocate", full_once)
+        store.path(1)
+    assert cached(cache) == {"toy-000001.tar"}
+
+
+def test_a_disk_that_cannot_reserve_is_used_all_the_same(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def unknown(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    with open_store(f"file://{source}", cache) as store:
+        assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
+
+
+def test_a_cache_that_is_no_folder_is_named(source: Path, cache: Path):
+    cache.write_text("")
+    with pytest.raises(
+        DataError, match=r"cannot use the cache folder .*; choose a folder .* with data\.stream\.cache$"
+    ):
+        open_store(f"file://{source}", cache)
+
+
+@pytest.mark.parametrize("name", ["../out.tar", "/etc/passwd", "a/b.tar", "..", "-rf.tar", "a\\b", "a b", "", ".x.tar"])
+def test_names_that_lead_elsewhere_are_refused(source: Path, cache: Path, name: str):
+    with open_store(f"file://{source}", cache) as store:
+        with pytest.raises(DataError, match=r"the manifest names the file .*the shard set is not to be trusted"):
+            store.fetch(name, 1, "0" * 64)
+        content = json.loads((source / MANIFEST).read_text())
+        content["shards"][0]["file"] = name
+        (source / MANIFEST).write_text(json.dumps(content))
+        with (
+            open_store(f"file://{source}/", cache.with_name("fresh")) as other,
+            pytest.raises(DataError, match="cannot be streamed"),
+        ):
+            other.manifest()
+
+
+def test_a_file_beside_the_shards_is_fetched_by_its_digest(source: Path, cache: Path):
+    (source / "notes.txt").write_bytes(b"notes")
+    (source / "other.txt").write_bytes(b"damage")
+    with open_store(f"file://{source}", cache) as store:
+        assert store.fetch("notes.txt", 5, hashlib.sha256(b"notes").hexdigest()).read_bytes() == b"notes"
+        with pytest.raises(DataError, match=r"cannot fetch 'other\.txt' .* attempt 3 of 3: SHA-256"):
+            store.fetch("other.txt", 6, hashlib.sha256(b"otherX").hexdigest())
+
+
+def test_what_is_no_manifest_is_named_and_forgotten(server: Server, source: Path, cache: Path):
+    good = (source / MANIFEST).read_bytes()
+    (source / MANIFEST).write_bytes(good[:1000])
+    with open_store(server.url, cache) as store:
+        with pytest.raises(DataError, match=rf"shard set '{server.url}' cannot be streamed: .* not a valid manifest"):
+            store.manifest()
+        (source / MANIFEST).write_bytes(good)
+        assert store.manifest().n_samples == 48
+
+
+def test_a_zarr_set_is_refused(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    manifest = Manifest.model_validate_json((source / MANIFEST).read_text()).model_copy(update={"container": "zarr"})
+    monkeypatch.setattr(store_module, "read_manifest", lambda folder: manifest)
+    with (
+        open_store(f"file://{source}", cache) as store,
+        pytest.raises(DataError, match=r"cannot be streamed: it is a zarr set, .*; copy the set to a disk of the node"),
+    ):
+        store.manifest()
+
+
+def test_shards_outside_of_the_set_are_refused(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        n = len(store.manifest().shards)
+        with pytest.raises(
+            DataError, match=rf"shard {n} is not in shard set 'file:.*', which has shards 0\.\.{n - 1}$"
+        ):
+            store.path(n)
+
+
+def test_prefetched_files_are_there_and_come_in_order(server: Server, cache: Path):
+    with open_store(server.url, cache, ahead=2) as store:
+        store.prefetch([3, 1, 0, 2])
+        while server.asked.count("toy-000001.tar") == 0:
+            time.sleep(0.01)
+        thread = store._ahead._thread
+        if thread is not None:
+            thread.join()
+        assert server.asked == [MANIFEST, "toy-000003.tar", "toy-000001.tar"]  # two ahead, not more
+        store.path(3)
+        while server.asked.count(SHARD) == 0:
+            time.sleep(0.01)
+        assert store.path(1).exists()
+        assert store.path(0).exists()
+        assert store.path(2).exists()
+    assert server.asked[1:] == ["toy-000003.tar", "toy-000001.tar", SHARD, "toy-000002.tar"]
+
+
+def test_prefetched_files_stay_until_they_are_not_wanted(source: Path, cache: Path):
+    with open_store(f"file://{source}", cache) as store:
+        shards = store.manifest().shards
+        limit = bytes_on_disk(cache) + 2 * max(shard.bytes for shard in shards) + 100
+    with open_store(f"file://{source}", cache, limit) as store, open_store(f"file://{source}", cache, limit) as other:
+        store.prefetch([0, 1])
+        while (thread := store._ahead._thread) is not None:
+            thread.join()
+        with pytest.raises(CacheFullError):
+            other.path(2)
+        store.prefetch([1])
+        other.path(2)
+        assert cached(cache) == {shards[1].file, shards[2].file}
+        other.release(2)
+        # of one's own prefetched files the last makes room for what is needed now
+        store.prefetch([1, 3])
+        while (thread := store._ahead._thread) is not None:
+            thread.join()
+        store.path(2)
+        assert cached(cache) == {shards[1].file, shards[2].file}
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_asked_for(server: Server, cache: Path):
+    server.answers[SHARD] = flipped
+    with open_store(server.url, cache) as store:
+        store.prefetch([0, 1])
+        while (thread := store._ahead._thread) is not None:
+            thread.join()
+        assert store.path(1).exists()
+        with pytest.raises(DataError, match=rf"cannot fetch '{SHARD}' .* SHA-256"):
+            store.path(0)
+        assert server.asked.count(SHARD) == 3
+        del server.answers[SHARD]
+        assert store.path(0).exists()
+
+
+def test_closing_ends_a_download_in_the_background(server: Server, cache: Path):
+    half, stop = threading.Event(), threading.Event()
+
+    def answer(handler: Handler, body: bytes, turn: int) -> None:
+        handler.reply(body[:100], length=len(body))
+        half.set()
+        stop.wait(10)
+
+    server.answers[SHARD] = answer
+    with open_store(server.url, cache, stall_s=0.2, backoff_s=60.0) as store:
+        store.prefetch([0])
+        assert half.wait(10)
+    stop.set()
+    assert leftovers(cache) == []
+    assert store._ahead._thread is None
+
+
+def test_closing_ends_a_slow_download(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    begun, left = threading.Event(), threading.Event()
+
+    def answer(handler: Handler, body: bytes, turn: int) -> None:
+        handler.reply(body[:100], length=len(body))
+        begun.set()
+        for start in range(100, len(body), 100):
+            left.wait(0.02)
+            handler.wfile.write(body[start : start + 100])
+
+    monkeypatch.setattr(transport, "_BLOCK_BYTES", 100)
+    server.answers[SHARD] = answer
+    with open_store(server.url, cache) as store:
+        store.prefetch([0])
+        assert begun.wait(10)
+    left.set()
+    assert store.n_fetched == 1  # the manifest
+    assert leftovers(cache) == []
+    assert cached(cache) == set()
+
+
+def test_user_and_password_go_into_the_header_and_not_into_messages(server: Server, cache: Path):
+    server.answers[SHARD] = busy
+    host = server.url.removeprefix("http://")
+    with open_store(f"http://annabel:pa%20ss@{host}?sig=secret&x=1", cache) as store:
+        with pytest.raises(DataError) as caught:
+            store.path(0)
+        assert server.headers[0]["Authorization"] == "Basic YW5uYWJlbDpwYSBzcw=="
+        assert server.paths[:2] == [f"/set/{MANIFEST}?sig=secret&x=1", f"/set/{SHARD}?sig=secret&x=1"]
+        assert f"'http://***@{host}/{SHARD}?***'" in str(caught.value)
+        assert caught.value.__cause__ is None
+        for text in (str(caught.value), str(store), *(path.name for path in cache.rglob("*"))):
+            assert not any(secret in text for secret in ("annabel", "pa%20ss", "pa ss", "secret"))
+
+
+def test_a_password_does_not_follow_to_another_server(server: Server, source: Path, cache: Path):
+    with Server(source) as elsewhere:
+
+        def answer(handler: Handler, body: bytes, turn: int) -> None:
+            handler.send_response(302)
+            handler.send_header("Location", f"{elsewhere.url}/{SHARD}")
+            handler.end_headers()
+
+        server.answers[SHARD] = answer
+        with open_store(server.url.replace("http://", "http://ann:pass@"), cache) as store:
+            assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
+        assert "Authorization" in server.headers[0]
+        assert "Authorization" not in elsewhere.headers[0]
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("https://h/set/a.tar", "https://h/set/a.tar"),
+        ("https://u:p@h:8/set/a.tar?X-Sig=s&e=1#f", "https://***@h:8/set/a.tar?***"),
+        ("https://[h/set", "https://..."),
+        ("file:///data/a.tar", "file:///data/a.tar"),
+        ("pipe:cat /data/set/a.tar", "pipe:cat /data/set/a.tar"),
+        ("pipe:aws s3 cp s3://b/set/a.tar -", "pipe:aws ... s3://b/set/a.tar ..."),
+        ("pipe:TOKEN=abc KEY=d curl -u me:pw https://u:p@h/a.tar?s=1", "pipe:curl ... https://***@h/a.tar?***"),
+        ('pipe:curl -H "Authorization: Bearer abc" "https://h/a.tar?s=1&t=2"', "pipe:curl ... https://h/a.tar?***"),
+        ("pipe:sh -c 'curl -u me:pw https://u:p@h/a?s=1&x=2'", "pipe:sh ... https://***@h/a?***"),
+        ("pipe:curl 'unclosed --token abc", "pipe:curl ..."),
+        ("pipe:$(secret)", "pipe:..."),
+        ("pipe:", "pipe:..."),
+    ],
+)
+def test_secrets_are_masked(text: str, shown: str):
+    assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("https://h/set", "https://h/set/a.tar"),
+        ("https://h/set/?sig=1", "https://h/set/a.tar?sig=1"),
+        ("https://h/get?file={}&sig=1", "https://h/get?file=a.tar&sig=1"),
+        ("pipe:gsutil cat gs://b/{}", "pipe:gsutil cat gs://b/a.tar"),
+    ],
+)
+def test_the_address_of_a_file(url: str, expected: str):
+    assert address(check_url(url), "a.tar") == expected
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("s3://bucket/set", r"no way to read 's3://bucket/set'; available: .*gs, .*pipe.*'pipe:aws s3 cp s3://bucket"),
+        ("/data/set", "no way to read"),
+        ("pipe:aws s3 cp s3://b/set -", r"the command 'pipe:aws .*' has no \{\}, which stands for the file's name"),
+        ("https:///set", "names no host"),
+        ("https://[h/set", "is no URL"),
+        ("file://other/set", r"names a host; a folder of this machine is 'file:///path/set'"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_refused(url: str, message: str, cache: Path):
+    with pytest.raises(ConfigError, match=message):
+        open_store(url, cache)
+
+
+def test_a_url_is_told_from_a_folder():
+    assert is_url("https://h/set")
+    assert is_url("pipe:cat {}")
+    assert not is_url("/data/set")
+    assert not is_url("data/set")

@@ -1,0 +1,126 @@
+"""Laws 1 and 2 for what data may be: streams, balanced draws, damaged samples, coarse copies made on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distkd.base import World
+from distkd.comm.world import barrier
+from distkd.data.shardset import ShardSet
+from distkd.train.checkpoint import Tensors, complete
+from distkd.train.loop import train
+from tests.data.test_unreadable import damage
+from tests.data.toy import write_toy
+from tests.laws.common import Crash, before_steps, equal_up_to, law_config, run_steps, settings_of
+
+DAMAGED = {"s-005", "s-040", "s-041", "s-077"}
+STREAM = {"lanes": 4, "buffer": 12}
+KINDS: dict[str, dict[str, Any]] = {
+    "folder in a stream": {"access": "stream", "stream": STREAM},
+    "url": {"access": "stream", "stream": STREAM},
+    "oversample": {"balance": "oversample"},
+    "damaged": {"on_error": "skip", "max_skipped": 0.1},
+    "warped": {"augment": {"rotation": 30, "scale": [0.9, 1.1], "affine_probability": 0.5, "jitter_order": "random"}},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("law") / "shards"
+    write_toy(folder, n_samples=96, shard_bytes=12_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("law") / "damaged"
+    write_toy(folder, n_samples=96, shard_bytes=12_000)
+    for key in DAMAGED:
+        damage(folder, key)
+    return folder
+
+
+def config_of(kind: str, toy: Path, damaged: Path, root: Path, **run: Any) -> dict[str, Any]:
+    """A student of a coarse copy, which is made of the same image as its teacher's."""
+    place = f"file://{toy}" if kind == "url" else str(damaged if kind == "damaged" else toy)
+    config = law_config("supervised", toy, root, run={"epochs": 4, "log_every": 2, "checkpoint_every": 4, **run})
+    config["model"] = {
+        "modalities": ["gene", "coarser"],
+        "encoders": {"coarser": {"name": "cnn", "widths": [4, 6]}},
+        "feature_dim": 6,
+        "norm": "sync",
+    }
+    degraded = {"coarser": {"of": "slide", "factor": 2, "restore": False}}
+    data = {"augment": {"hflip": 0.5}, **KINDS[kind], "shards": place, "degraded": degraded}
+    cache = {"cache": str(root / "cache"), "cache_gib": 0.01}
+    config["data"] = data | ({"stream": {**STREAM, **cache}} if kind == "url" else {})
+    config["batch"] = {"global_batch": 8}
+    return config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_two_and_four_ranks_take_the_same_steps(ranks: Any, toy: Path, damaged: Path, tmp_path: Path, kind: str):
+    config = config_of(kind, toy, damaged, tmp_path)
+    (one,) = ranks(1).run(run_steps, config=config, steps=20)
+    assert len({sample for step in one.samples for sample in step}) > 30
+    for size in (2, 4):
+        traces = ranks(size).run(run_steps, config=config, steps=20)
+        together = [[sample for rank in traces for sample in rank.samples[step]] for step in range(20)]
+        assert together == one.samples
+        for trace in traces:
+            equal_up_to(trace.weights, one.weights, 1e-9)
+
+
+def _train(world: World, config: dict[str, Any], crash_at: int | None = None) -> None:
+    def hook(step: int, _: Any) -> None:
+        if step == crash_at:
+            raise Crash
+
+    try:
+        with before_steps(hook):
+            train(settings_of(config), world)
+    except Crash:
+        barrier(world)
+
+
+@pytest.mark.parametrize("kind", ["url", "damaged"])
+def test_a_killed_run_ends_bit_equal(ranks: Any, toy: Path, damaged: Path, tmp_path: Path, kind: str):
+    whole, broken = (config_of(kind, toy, damaged, tmp_path, name=name) for name in ("whole", "broken"))
+    ranks(2).run(_train, config=whole)
+    ranks(2).run(_train, config=broken, crash_at=9)
+    ranks(2).run(_train, config=broken)
+    expected, found = (dict(Tensors(complete(settings_of(c).folder / "checkpoints")[-1])) for c in (whole, broken))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    if kind == "damaged":
+        told_in_metrics_and_events(settings_of(whole).folder, damaged)
+
+
+def told_in_metrics_and_events(folder: Path, damaged: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    replaced = [line["replaced"] for line in lines if "replaced" in line]
+    assert replaced == sorted(replaced)
+    assert replaced[-1] >= 4
+    events = [json.loads(line) for path in (folder / "events").iterdir() for line in path.read_text().splitlines()]
+    assert {event["sample"] for event in events if event["event"] == "unreadable"} == DAMAGED
+    left_out = 0
+    for split in ("val", "test"):
+        notes = json.loads((folder / "eval" / f"{split}.json").read_text())["levels"]["sample"]["notes"]
+        left_out += sum(int(note.split()[0]) for note in notes if "cannot be read and are left out" in note)
+    samples, fold = ShardSet(damaged).manifest.samples, ShardSet(damaged).manifest.folds[0]
+    held_out = {key for key, patient in zip(samples.key, samples.patient, strict=True) if patient not in fold.train}
+    assert left_out == len(DAMAGED & held_out) > 0
+
+
+def test_each_shard_is_fetched_once_a_node(ranks: Any, toy: Path, damaged: Path, tmp_path: Path):
+    config = config_of("url", toy, damaged, tmp_path)
+    config["run"]["epochs"] = 1
+    ranks(2).run(run_steps, config=config, steps=5)
+    kept = list((tmp_path / "cache").rglob("*.tar"))
+    assert 0 < len(kept) <= len(ShardSet(toy).manifest.shards)
