@@ -15,6 +15,7 @@ from distkd.data.shardset import ShardSet
 from distkd.data.write import Sample, ShardWriter, SkipSample
 from distkd.errors import DataError
 from tests.data.toy import DESCRIPTION, toy_arrays
+from tests.data.toy_volumes import write_volumes
 
 N = 24
 SHARD_BYTES = 6000
@@ -173,3 +174,25 @@ def test_a_full_disk_is_told_and_the_build_goes_on_when_there_is_room(tmp_path: 
     build(tmp_path / "out", items(loaded))
     assert contents(tmp_path / "out") == whole
     assert loaded[0] > 3
+
+
+def volumes_and_die(out: Path, at: int) -> None:
+    write_volumes(out, lambda number: die() if number == at else None)
+
+
+@pytest.mark.parametrize("at", [1, 6, 11])
+def test_a_killed_build_of_volumes_ends_with_the_same_bytes(tmp_path: Path, at: int):
+    write_volumes(tmp_path / "whole")
+    process = get_context("fork").Process(target=volumes_and_die, args=(tmp_path / "out", at))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    loaded: list[int] = []
+    write_volumes(tmp_path / "out", loaded.append)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert loaded[0] >= at - 7
+    ShardSet(tmp_path / "out").verify()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

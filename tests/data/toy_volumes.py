@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def toy_volume(number: int) -> tuple[tuple[int, int, int], dict[str, np.ndarray]
     return shape, volumes if number == 5 else {**volumes, "seg": seg}
 
 
-def write_volumes(out: Path) -> None:
+def write_volumes(out: Path, before: Callable[[int], object] = lambda number: None) -> None:
+    """The set; `before` is told of each sample before it is made."""
     largest = (1, *LARGEST)
     modalities: dict[str, Modality] = {}
     for name in ("flair", "t1"):
@@ -49,6 +51,7 @@ def write_volumes(out: Path) -> None:
     )
 
     def load(number: int) -> Sample:
+        before(number)
         shape, volumes = toy_volume(number)
         arrays = {"age": np.array([40 + number], dtype=np.float32)}
         for name, volume in volumes.items():

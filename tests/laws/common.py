@@ -18,11 +18,22 @@ from distkd.config import settings_class
 from distkd.data.loader import train_batches
 from distkd.metrics.meters import Stopwatch
 from distkd.train import loop
+from distkd.train.checkpoint import Tensors, complete
 from distkd.train.job import Job, assemble
 from distkd.train.loop import train_step
 from distkd.train.settings import Settings
 
-__all__ = ["Crash", "Trace", "before_steps", "equal_up_to", "law_config", "run_steps", "settings_of"]
+__all__ = [
+    "Crash",
+    "Trace",
+    "before_steps",
+    "ending",
+    "equal_up_to",
+    "law_config",
+    "run_steps",
+    "settings_of",
+    "train_until",
+]
 
 # what a method needs to be small, by name; a method that is not here is taken with its defaults
 SMALL: dict[str, dict[str, Any]] = {
@@ -93,6 +104,25 @@ def before_steps(hook: Callable[[int, Sequence[Batch]], None]) -> Iterator[None]
         yield
     finally:
         loop.train_step = original
+
+
+def train_until(world: World, config: dict[str, Any], crash_at: int | None = None) -> None:
+    """Train to the end of the run, or die before a step."""
+
+    def hook(step: int, _: Any) -> None:
+        if step == crash_at:
+            raise Crash
+
+    try:
+        with before_steps(hook):
+            loop.train(settings_of(config), world)
+    except Crash:
+        comm.barrier(world)
+
+
+def ending(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    return dict(Tensors(complete(settings_of(config).folder / "checkpoints")[-1]))
 
 
 def run_steps(world: World, *, config: dict[str, Any], steps: int) -> Trace:

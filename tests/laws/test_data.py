@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from distkd.base import World
-from distkd.comm.world import barrier
 from distkd.data.shardset import ShardSet
-from distkd.train.checkpoint import Tensors, complete
-from distkd.train.loop import train
 from tests.data.test_unreadable import damage
 from tests.data.toy import write_toy
-from tests.laws.common import Crash, before_steps, equal_up_to, law_config, run_steps, settings_of
+from tests.laws.common import ending, equal_up_to, law_config, run_steps, settings_of, train_until
 
 DAMAGED = {"s-005", "s-040", "s-041", "s-077"}
 STREAM = {"lanes": 4, "buffer": 12}
@@ -76,25 +72,13 @@ def test_one_two_and_four_ranks_take_the_same_steps(ranks: Any, toy: Path, damag
             equal_up_to(trace.weights, one.weights, 1e-9)
 
 
-def _train(world: World, config: dict[str, Any], crash_at: int | None = None) -> None:
-    def hook(step: int, _: Any) -> None:
-        if step == crash_at:
-            raise Crash
-
-    try:
-        with before_steps(hook):
-            train(settings_of(config), world)
-    except Crash:
-        barrier(world)
-
-
 @pytest.mark.parametrize("kind", ["url", "damaged"])
 def test_a_killed_run_ends_bit_equal(ranks: Any, toy: Path, damaged: Path, tmp_path: Path, kind: str):
     whole, broken = (config_of(kind, toy, damaged, tmp_path, name=name) for name in ("whole", "broken"))
-    ranks(2).run(_train, config=whole)
-    ranks(2).run(_train, config=broken, crash_at=9)
-    ranks(2).run(_train, config=broken)
-    expected, found = (dict(Tensors(complete(settings_of(c).folder / "checkpoints")[-1])) for c in (whole, broken))
+    ranks(2).run(train_until, config=whole)
+    ranks(2).run(train_until, config=broken, crash_at=9)
+    ranks(2).run(train_until, config=broken)
+    expected, found = (ending(config) for config in (whole, broken))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from distkd import methods
 from distkd.base import World
-from distkd.comm.world import barrier
 from distkd.engines.deepspeed import DeepSpeedEngine
-from distkd.train.checkpoint import Tensors, complete
-from distkd.train.loop import train
-from tests.laws.common import Crash, before_steps, equal_up_to, law_config, settings_of
+from tests.laws.common import ending, equal_up_to, law_config, settings_of, train_until
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"name": "ddp"},
@@ -31,17 +27,10 @@ FLOAT = 2e-4
 
 
 def _train(world: World, config: dict[str, Any], crash_at: int | None = None) -> None:
-    def hook(step: int, _: Any) -> None:
-        if step == crash_at:
-            raise Crash
-
     threshold = DeepSpeedEngine.keep_whole
     DeepSpeedEngine.keep_whole = 0  # stage 3 would keep weights as small as these whole
     try:
-        with before_steps(hook):
-            train(settings_of(config), world)
-    except Crash:
-        barrier(world)
+        train_until(world, config, crash_at)
     finally:
         DeepSpeedEngine.keep_whole = threshold
 
@@ -50,10 +39,6 @@ def _config(method: str, shards: Path, root: Path, name: str, engine: str, **ove
     run = {"name": f"engines-{method}-{name}", "epochs": 2, "checkpoint_every": 4}
     precise = {"precision": "fp32", **ENGINES[engine]}
     return law_config(method, shards, root, run=run, **{"eval": {"select": "best"}, "engine": precise, **overrides})
-
-
-def _ending(config: dict[str, Any]) -> dict[str, Tensor]:
-    return dict(Tensors(complete(settings_of(config).folder / "checkpoints")[-1]))
 
 
 def _test_metrics(config: dict[str, Any]) -> dict[str, float]:
@@ -81,7 +66,7 @@ def test_a_killed_run_ends_bit_equal_and_near_ddp(ranks: Any, shards: Path, root
     ranks(2).run(_train, config=whole)
     ranks(2).run(_train, config=broken, crash_at=7)
     ranks(2).run(_train, config=broken)
-    expected, found, reference = (_ending(config) for config in (whole, broken, plain))
+    expected, found, reference = (ending(config) for config in (whole, broken, plain))
     assert found.keys() == expected.keys() == reference.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -98,7 +83,7 @@ def test_a_run_goes_from_engine_to_engine_and_from_world_to_world(ranks: Any, sh
     for engine, size, crash_at in way:
         config = {**moved, "engine": {**moved["engine"], **ENGINES[engine]}}
         ranks(size).run(_train, config=config, crash_at=crash_at)
-    expected, found = _ending(whole), _ending(moved)
+    expected, found = ending(whole), ending(moved)
     assert found.keys() == expected.keys()
     trained = {name: tensor for name, tensor in expected.items() if name.startswith(("trainable/", "state/"))}
     equal_up_to({name: found[name] for name in trained}, trained, FLOAT)
@@ -115,7 +100,7 @@ def test_accumulation_clipping_and_schedule_are_those_of_ddp(ranks: Any, shards:
     plain, other = (_config("logit_kd", shards, root, f"acc-{name}", name, **changes) for name in ("ddp", engine))
     ranks(2).run(_train, config=plain)
     ranks(2).run(_train, config=other)
-    expected, found = _ending(plain), _ending(other)
+    expected, found = ending(plain), ending(other)
     trained = {name: tensor for name, tensor in expected.items() if name.startswith("trainable/")}
     equal_up_to({name: found[name] for name in trained}, trained, FLOAT)
 
@@ -129,5 +114,5 @@ def test_fsdp_is_ddp_to_the_law_in_float64(ranks: Any, shards: Path, root: Path)
     ]
     for config in configs:
         ranks(2).run(_train, config=config)
-    expected, found = (_ending(config) for config in configs)
+    expected, found = (ending(config) for config in configs)
     equal_up_to(found, expected, 1e-9)

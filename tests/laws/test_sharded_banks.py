@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from distkd import methods
-from distkd.base import World
-from distkd.comm.world import barrier
-from distkd.train.checkpoint import Tensors, complete
-from distkd.train.loop import train
 from distkd.train.rows import is_part
-from tests.laws.common import Crash, Trace, before_steps, equal_up_to, law_config, run_steps, settings_of
+from tests.laws.common import (
+    Trace,
+    ending,
+    equal_up_to,
+    law_config,
+    run_steps,
+    train_until,
+)
 
 WITH_BANKS = [name for name in methods.available() if "bank" in methods.config_class(name).model_fields]
 
@@ -47,32 +50,16 @@ def test_sharded_banks_learn_what_one_process_learns(ranks: Any, shards: Path, r
     equal_up_to(_whole(traces), alone.state, 1e-9)
 
 
-def _train(world: World, config: dict[str, Any], crash_at: int | None = None) -> None:
-    def hook(step: int, _: Any) -> None:
-        if step == crash_at:
-            raise Crash
-
-    try:
-        with before_steps(hook):
-            train(settings_of(config), world)
-    except Crash:
-        barrier(world)
-
-
-def _ending(config: dict[str, Any]) -> dict[str, Tensor]:
-    return dict(Tensors(complete(settings_of(config).folder / "checkpoints")[-1]))
-
-
 def _run(name: str) -> dict[str, Any]:
     return {"name": f"banks-{name}", "epochs": 2, "checkpoint_every": 4}
 
 
 def test_a_killed_run_with_sharded_banks_ends_bit_equal(ranks: Any, shards: Path, root: Path):
     whole, broken = (_config("dc_distill", shards, root, "sharded", run=_run(name)) for name in ("whole", "broken"))
-    ranks(2).run(_train, config=whole)
-    ranks(2).run(_train, config=broken, crash_at=7)
-    ranks(2).run(_train, config=broken)
-    expected, found = _ending(whole), _ending(broken)
+    ranks(2).run(train_until, config=whole)
+    ranks(2).run(train_until, config=broken, crash_at=7)
+    ranks(2).run(train_until, config=broken)
+    expected, found = ending(whole), ending(broken)
     assert sum(map(is_part, expected)) == 2 * 4
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -82,12 +69,12 @@ def test_a_killed_run_with_sharded_banks_ends_bit_equal(ranks: Any, shards: Path
 def test_a_run_goes_from_layout_to_layout(ranks: Any, shards: Path, root: Path):
     """One folder, four attempts at four layouts; what is learned is that of one that was left alone."""
     stays = _config("crd", shards, root, "replicated", run=_run("stays"))
-    ranks(1).run(_train, config=stays)
+    ranks(1).run(train_until, config=stays)
     for size, placement, crash_at in ((2, "sharded", 6), (4, "sharded", 10), (2, "replicated", 14), (4, "sharded", 18)):
         moves = _config("crd", shards, root, placement, run=_run("moves"))
-        ranks(size).run(_train, config=moves, crash_at=crash_at)
+        ranks(size).run(train_until, config=moves, crash_at=crash_at)
     moves = _config("crd", shards, root, "replicated", run=_run("moves"))
-    ranks(1).run(_train, config=moves)
-    expected = _ending(stays)
-    equal_up_to(_ending(moves), expected, 1e-9)
+    ranks(1).run(train_until, config=moves)
+    expected = ending(stays)
+    equal_up_to(ending(moves), expected, 1e-9)
     assert not any(map(is_part, expected))
