@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -23,11 +24,14 @@ from distkd.base import World
 from distkd.errors import ConfigError, DiskError, DistkdError, DivergedError, Interrupted, LostRankError
 
 if TYPE_CHECKING:
+    from distkd.data.shardset import ShardSet
     from distkd.train.settings import Settings
 
 __all__ = ["main"]
 
 DONE, INTERNAL, USER, INTERRUPTED = 0, 1, 2, 3
+PIPE = 141
+"""As a shell says it of a tool that SIGPIPE ended."""
 
 _MAIN_RANK_SPEAKS_S = 20.0
 
@@ -51,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("distkd").setLevel(logging.WARNING if world.is_main else logging.ERROR)
     command: Callable[[argparse.Namespace, list[str], World], int] = arguments.command
     try:
-        return command(arguments, rest, world)
+        code = command(arguments, rest, world)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return PIPE
     except Interrupted as stop:
         _say(world, str(stop))
         return INTERRUPTED
@@ -69,6 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             _let_main_speak(world)
         # neither a rank that is gone nor a full disk is in the command: the same one may be started again
         return INTERNAL if isinstance(error, LostRankError | DivergedError | DiskError) else USER
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output, as behind `| head`; then what is left of it goes nowhere."""
+    watch = select.poll()
+    try:
+        watch.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # not a file of the system's
+        return False
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _overrides_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -144,10 +167,10 @@ def _parser() -> argparse.ArgumentParser:
 
     shards = _command(commands, "shards", _shards, "look at a shard set, or check every byte of it")
     shards.add_argument("action", choices=("info", "verify", "show"), help="numbers, checksums, or a picture")
-    shards.add_argument("folder", type=Path, help="shard set, with its manifest.json")
+    shards.add_argument("folder", help="shard set, with its manifest.json; info and show: or its URL")
     shards.add_argument("--json", action="store_true", default=None, help="info: the same numbers for scripts")
     shards.add_argument("--threads", type=_positive, help="verify: files at a time (default: one per core)")
-    shards.add_argument("--output", type=Path, help="show: picture to write (default: samples.png in the folder)")
+    shards.add_argument("--output", type=Path, help="show: .png or .jpg to write (default: samples.png in the folder)")
     which = shards.add_mutually_exclusive_group()
     which.add_argument("--per-class", type=_positive, help="show: samples of each class (default: 4)")
     which.add_argument("--samples", nargs="+", metavar="KEY", help="show: these samples instead")
@@ -312,7 +335,7 @@ def _report(arguments: argparse.Namespace, rest: list[str], world: World) -> int
 
 
 def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.data.shardset import ShardSet
+    from distkd.data.look.opened import opened
 
     _no_rest(rest)
     options = {"info": ("json",), "verify": ("threads",), "show": ("output", "per_class", "samples", "fold")}
@@ -320,7 +343,13 @@ def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
         if given and action != arguments.action:
             raise ConfigError(f"{given[0]} is an option of `shards {action}`, not of `shards {arguments.action}`")
-    shards = ShardSet(arguments.folder)
+    with opened(arguments.folder) as shards:
+        _look(shards, arguments, world)
+    return DONE
+
+
+def _look(shards: ShardSet, arguments: argparse.Namespace, world: World) -> None:
+    remote = shards.place != str(shards.folder)
     if arguments.action == "info":
         from distkd.data.look.info import info
         from distkd.data.look.summary import summary
@@ -329,16 +358,17 @@ def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int
     elif arguments.action == "verify":
         from distkd.data.look.info import verified
 
+        if remote:
+            shards.verify()  # says why it does not
         print(verified(shards, arguments.threads))
     else:
         from distkd.data.look.show import show
 
-        out = arguments.output or arguments.folder / "samples.png"
+        out = arguments.output or (Path() if remote else shards.folder) / "samples.png"
         shown = show(shards, out, per_class=arguments.per_class or 4, keys=arguments.samples, fold=arguments.fold)
         for note in shown.left_out:
             _say(world, note)
         print(shown.path)
-    return DONE
 
 
 def _config(arguments: argparse.Namespace, rest: list[str], world: World) -> int:

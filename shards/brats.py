@@ -38,7 +38,7 @@ from distkd.data.raw.mri_cases import (
     numbering,
 )
 from distkd.data.raw.nifti import Frame, read_voxels
-from distkd.data.raw.recipe import Made, Skipped, arguments, run
+from distkd.data.raw.recipe import Made, Skipped, arguments, run, tables_digest
 from distkd.data.raw.split_lists import read_lists
 from distkd.data.raw.volume_parts import Compression, input_parts, input_values, target_parts, target_values
 from distkd.data.splits import hold_out, patient_folds
@@ -105,7 +105,8 @@ def make(
     _folds({case.name: case.patient for case in cases}, grade_of, lists, folds, val_share, seed)
     shape = np.max([frame.shape for frame in frames.values()], axis=0).tolist()
     description = _description(cases, (shape[0], shape[1], shape[2]), VALUES[used], options)
-    with ShardWriter(out, description, options=f"brats {used} {options.dtype} {seed}") as writer:
+    lists_digest = tables_digest(*split_list)
+    with ShardWriter(out, description, options=f"brats {used} {options.dtype} {seed} {lists_digest}") as writer:
         writer.add_all(
             ((case.name, _loader(case, frames[case.name], VALUES[used], options, seed)) for case in cases),
             total=len(cases),

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distkd.data.manifest import Description, Fold, Modality
-from distkd.data.raw.recipe import Made, Skipped, arguments, raw_file, read_table, run
+from distkd.data.raw.recipe import Made, Skipped, arguments, raw_file, read_table, run, tables_digest
 from distkd.data.write import Encoded, Sample, ShardWriter
 from distkd.errors import ConfigError, DataError
 
@@ -127,7 +127,8 @@ def make(raw: Path | None, out: Path, *, size: int = SIZE, fit: Fit = "crop") ->
         licence="the terms of derm.cs.sfu.ca; not to be shipped",
     )
     fold = Fold(**{split: sorted(case for case in chosen if split_of[case] == split) for split in LISTS})
-    with ShardWriter(out, description, options=f"fit {fit}") as writer:
+    tables = tables_digest(raw / "meta/meta.csv", *(raw / name for name in LISTS.values()))
+    with ShardWriter(out, description, options=f"fit {fit}, tables {tables}") as writer:
         writer.split([fold], rule="the published split; each case counts as a patient", seed=None)
         items = _items(chosen, label_of, pictures, features, picture, fit)
         writer.add_all(items, total=len(chosen), label="cases")

@@ -4,13 +4,14 @@
   patient        who the sample is of; the splits are by patient                                         needed
   label          the class, a word or a number; blank where it is unknown                                needed
   split          train, val or test; or
-  fold           0, 1, 2...: each fold is tested once; without both, --folds are made by patient
+  fold           0, 1, 2... or 1, 2, 3...: each is tested once; without both, --folds are made by patient
   image:NAME     a png, jpg, tif or bmp file            volume:NAME    a .nii, .nii.gz or .npy file
   vector:NAME    an .npy file of numbers                target:NAME    a label map (.nii, .npy) instead of `label`
   NAME.column    a number of the vector NAME, such as clinic.age and clinic.score
   key, group     your name of the sample; a level between sample and patient, such as the lesion
 A column of paths without image: or volume: is known by its files. Paths start at the table's folder; absolute ones may
 point anywhere. A blank cell is a missing number, or in a column of files a missing modality; both are recorded.
+Save the table as 'CSV UTF-8'. Where semicolons or tabs separate the cells, numbers may have a decimal comma.
 Images and numbers become WebDataset tars, volumes a zarr group; png and jpg files are stored as they are.
 
 In ten minutes:
@@ -36,9 +37,10 @@ import numpy as np
 from distkd.base import UNLABELLED
 from distkd.data.manifest import SPLITS, Description
 from distkd.data.raw.recipe import Made, arguments, run
-from distkd.data.raw.table import Problems, Row, TableOptions
+from distkd.data.raw.table import Row, TableOptions
 from distkd.data.raw.table_files import load_array, load_image, load_labels, load_volume
 from distkd.data.raw.table_plan import Plan, examine, space_of
+from distkd.data.raw.table_problems import Problems
 from distkd.data.raw.volume_parts import input_values, target_values
 from distkd.data.write import Sample, ShardWriter
 from distkd.errors import ConfigError, DataError
@@ -80,12 +82,15 @@ def make(raw: Path | None, out: Path, *, options: Options | None = None, seed: i
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
     problems = Problems()
     plan = examine(_table(raw), options, problems, seed=seed, every_value=False)
-    if problems.lines:
-        more = len(problems.lines) - SHOWN
+    if problems.count:
+        shown = problems.grouped()[:SHOWN]
+        more = problems.count - sum(count for _, count in shown)
         raise DataError(
-            f"table {str(plan.table)!r} has {_count(problems)}: {'; '.join(problems.lines[:SHOWN])}"
+            f"table {str(plan.table)!r} has {_many(problems.count, 'problem')}: {'; '.join(line for line, _ in shown)}"
             f"{f'; and {more} more' if more > 0 else ''}; list all of them with --dry-run"
         )
+    for note in problems.notes:
+        print(note)
     with ShardWriter(out, _description(plan, options), options=f"{digest(plan.table)} {plan.stored} {seed}") as writer:
         loaders = (
             (row.key, _loader(plan, row, label, seed)) for row, label in zip(plan.rows, plan.labels, strict=True)
@@ -159,25 +164,26 @@ def _dry_run(options: argparse.Namespace) -> int:
         return 2
     if options.out.exists():
         problems.add(f"output {str(options.out)!r} exists already; remove it or name another folder with --out")
-    for line in summary(plan):
+    for line in (*summary(plan), *problems.notes):
         print(line)
     for number, line in enumerate(problems.lines, 1):
         print(f"{number}. {line}")
-    if problems.lines:
-        print(f"{_count(problems)} in {plan.table}; mend the table and run this again", file=sys.stderr)
+    if problems.count:
+        print(f"{_many(problems.count, 'problem')} in {plan.table}; mend the table and run this again", file=sys.stderr)
         return 2
     print("no problems; run the same command without --dry-run")
     return 0
 
 
-def _count(problems: Problems) -> str:
-    return f"{len(problems.lines)} problem{'' if len(problems.lines) == 1 else 's'}"
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def summary(plan: Plan) -> list[str]:
     """What the table becomes, for a person to compare with what was meant."""
     rows, roles = plan.rows, plan.roles
-    lines = [f"{plan.table.name}: {len(rows)} rows of {len({row.patient for row in rows})} patients"]
+    patients = f" of {_many(len({row.patient for row in rows}), 'patient')}" if "patient" in roles.columns else ""
+    lines = [f"{plan.table.name}: {_many(len(rows), 'row')}{patients}"]
     for name, modality in plan.modalities.items():
         if modality.role == "aux":
             continue
@@ -186,21 +192,22 @@ def summary(plan: Plan) -> list[str]:
         detail = {"jpg": ", files kept as they are", "png": ", files kept as they are", "again": ", packed as png"}
         note = detail[plan.stored[name]] if name in plan.stored else ""
         if name in roles.numbers:
-            blank = sum(int(np.isnan(row.numbers[name]).sum()) for row in rows if name in row.numbers)
-            note = f", {', '.join(roles.features(name))}" + (f"; {blank} values are blank" if blank else "")
+            blank = sum(row.blank.get(name, 0) for row in rows)
+            words = f"; {_many(blank, 'value')} {'is' if blank == 1 else 'are'} blank" if blank else ""
+            note = f", {', '.join(roles.features(name))}{words}"
         shape = " x ".join(map(str, modality.shape))
         lines.append(f"  {what} {name!r}: {have} of {len(rows)} rows, {shape} {modality.dtype}{note}")
     if roles.is_segmentation:
         lines.append(f"  classes by value: {', '.join(f'{k} {name}' for k, name in enumerate(plan.names))}")
-    else:
+    elif "label" in roles.columns:
         counts = Counter(plan.labels)
         unknown = f", {counts[UNLABELLED]} without a label" if counts[UNLABELLED] else ""
         lines.append(f"  classes: {', '.join(f'{name} {counts[k]}' for k, name in enumerate(plan.names))}{unknown}")
     for number, fold in enumerate(plan.folds):
-        patients = ", ".join(f"{split} {len(fold.patients(split))}" for split in SPLITS)
-        lines.append(f"  fold {number}: patients {patients}")
+        members = ", ".join(f"{split} {len(fold.patients(split))}" for split in SPLITS)
+        lines.append(f"  fold {number}: patients {members}")
     if plan.rule:
-        lines.append(f"  folds by {plan.rule.removeprefix('the ')}")
+        lines.append(f"  {_many(len(plan.folds), 'fold')}: {plan.rule}")
     if roles.ignored:
         lines.append(
             f"  not used, no role in the header: {', '.join(roles.ignored)} (a number: NAME.{roles.ignored[0]})"

@@ -35,7 +35,7 @@ import numpy as np
 from distkd.base import UNLABELLED
 from distkd.data.manifest import Description, Fold, Modality
 from distkd.data.raw.image_file import read_square
-from distkd.data.raw.recipe import Made, Skipped, arguments, number, raw_file, read_table, run
+from distkd.data.raw.recipe import Made, Skipped, arguments, number, raw_file, read_table, run, tables_digest
 from distkd.data.splits import hold_out, patient_folds
 from distkd.data.write import Encoded, Sample, ShardWriter
 from distkd.errors import ConfigError, DataError
@@ -157,7 +157,8 @@ def make(raw: Path | None, out: Path, *, options: Options | None = None, seed: i
         licence="TCGA open access; as prepared: GPL-3.0, non-commercial academic use; not to be shipped",
     )
     items = ((_key(one[2].stem), partial(_load, one, patients[one[1]], image)) for one in images)
-    with ShardWriter(out, description, options=f"{options}, seed {seed}") as writer:
+    tables = tables_digest(*(table.path for table in (grades, omics, splits) if table))
+    with ShardWriter(out, description, options=f"{options}, seed {seed}, tables {tables}") as writer:
         writer.split(folds, rule=rule, seed=seed)
         writer.add_all(items, total=len(images), label="images")
     assert writer.manifest is not None

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from distkd.data.manifest import Description, Modality
-from distkd.data.raw.recipe import Made, arguments, raw_file, read_table, run
+from distkd.data.raw.recipe import Made, arguments, raw_file, read_table, run, tables_digest
 from distkd.data.splits import patient_folds
 from distkd.data.write import Sample, ShardWriter
 from distkd.errors import ConfigError, DataError
@@ -56,7 +56,8 @@ def make(raw: Path | None, out: Path, *, coarse: tuple[int, ...] = COARSE, seed:
         licence="no licence text; free to download for research; not to be shipped",
     )
     order = sorted(rows, key=lambda row: row["file"])
-    with ShardWriter(out, description, options=f"coarse {coarse} seed {seed}") as writer:
+    tables = tables_digest(raw / "labels.csv")
+    with ShardWriter(out, description, options=f"coarse {coarse}, seed {seed}, tables {tables}") as writer:
         items = ((Path(row["file"]).stem, partial(_sample, raw, row, sizes)) for row in order)
         writer.add_all(items, total=len(order), label="tiles")
         writer.split(

@@ -29,7 +29,7 @@ from typing import Any
 
 from distkd.data.manifest import Description, Fold, Modality
 from distkd.data.raw.image_file import read_square
-from distkd.data.raw.recipe import Made, Skipped, arguments, raw_file, run
+from distkd.data.raw.recipe import Made, Skipped, arguments, raw_file, run, tables_digest
 from distkd.data.write import Sample, ShardWriter
 from distkd.errors import ConfigError, DataError
 
@@ -74,7 +74,8 @@ def make(raw: Path | None, out: Path, *, size: int = SIZE) -> Made:
         source="SICAPv2 (Silva-Rodriguez et al. 2020), Mendeley Data 10.17632/9xxm58dvs3",
         licence="that of its page on Mendeley Data; not to be shipped",
     )
-    with ShardWriter(out, description) as writer:
+    tables = tables_digest(*(raw / name for name in sheets))
+    with ShardWriter(out, description, options=f"size {size}, tables {tables}") as writer:
         writer.split(
             folds, rule=f"the {N_FOLDS} published validation splits and the one published test split", seed=None
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from distkd.data.manifest import Description, Fold, Modality
-from distkd.data.raw.recipe import Made, Skipped, arguments, number, raw_file, read_table, run, track
+from distkd.data.raw.recipe import Made, Skipped, arguments, number, raw_file, read_table, run, tables_digest, track
 from distkd.data.splits import hold_out
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError
@@ -83,7 +83,10 @@ def make(
         "Fusion (Chen 2020), splits of Mobadersany 2018",
         licence="TCGA open access; ODbL 1.0; network outputs GPL-3.0, non-commercial academic use; not to be shipped",
     )
-    with ShardWriter(out, description) as writer:
+    tables = tables_digest(
+        *(raw / name for name in ("patients.csv", "omics.csv.gz", "histology_patient.csv", "splits15.csv"))
+    )
+    with ShardWriter(out, description, options=f"{paired_only} {val_share} seed {seed}, tables {tables}") as writer:
         for patient in track(chosen, "patients"):
             rows = {"histology": histology[patient]}
             if patient in omics:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distkd.data.manifest import Description, Modality
-from distkd.data.raw.recipe import Made, arguments, raw_file, run, track
+from distkd.data.raw.recipe import Made, arguments, raw_file, run, tables_digest, track
 from distkd.data.splits import patient_folds
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError
@@ -49,7 +49,8 @@ def make(raw: Path | None, out: Path, *, seed: int = 0) -> Made:
         "1600 of its 2000 digits",
         licence="CC BY 4.0",
     )
-    with ShardWriter(out, description) as writer:
+    tables = tables_digest((raw or EMBEDDED) / "mfeat.npz")
+    with ShardWriter(out, description, options=f"seed {seed}, tables {tables}") as writer:
         for i in track(np.argsort(columns["row"]).tolist(), "digits"):
             key = f"digit-{columns['row'][i]:04d}"
             writer.add(key, {name: columns[name][i] for name in VIEWS}, patient=key, label=int(columns["y"][i]))

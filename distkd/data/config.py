@@ -80,7 +80,7 @@ class DataConfig(StrictConfig):
     """A sample that cannot be read stops the run, or is skipped: in training the next one of the plan takes its place,
     on any number of ranks the same; in evaluation it is left out and counted."""
     max_skipped: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of the set's samples that `on_error: skip` may leave out; beyond it the run stops."""
+    """Share of the set's samples that `on_error: skip` may leave out, one at least; beyond it the run stops."""
     access: Literal["auto", "indexed", "stream"] = "auto"
     """`indexed` reads any sample at once, from a folder; `stream` reads shards one after another, from a folder or a
     URL; `auto` streams URLs."""

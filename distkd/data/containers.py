@@ -1,24 +1,21 @@
-"""Where the writer puts values: tars one after another, or the files of a zarr group. A full disk is told in words."""
+"""Where the writer puts values: tars one after another, or the files of a zarr group."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from distkd.data.disk import told
 from distkd.data.manifest import VOLUMES, Description, Samples, Shard
-from distkd.errors import DataError
 from distkd.files import digest, sync
 
 __all__ = ["Container", "Placed", "TarContainer", "ZarrContainer", "count_samples"]
@@ -55,21 +52,6 @@ class Container(Protocol):
         ...
 
 
-@contextmanager
-def _told(file: str, folder: Path) -> Generator[None]:
-    """Errors of the file system as what they mean to who builds."""
-    try:
-        yield
-    except OSError as error:
-        free = f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there" if folder.exists() else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "free some space" if full else "mend that"
-        raise DataError(
-            f"cannot write {file!r} in {str(folder)!r}: {error.strerror or error}{free}; {what} and start the same "
-            "command again, which goes on behind what is finished, or choose another --out"
-        ) from error
-
-
 class TarContainer:
     """WebDataset tars; a tar is complete when the next one begins."""
 
@@ -87,7 +69,7 @@ class TarContainer:
     def put(self, key: str, about: Mapping[str, object], values: Mapping[str, bytes | np.ndarray]) -> Placed:
         from google_crc32c import value as crc32c  # pyright: ignore[reportUnknownVariableType]
 
-        with _told(self._name, self._folder):
+        with told(self._name, self._folder):
             if self._tar is None:
                 self._tar = _Tar(self._folder / self._name)
             tar = self._tar
@@ -115,7 +97,7 @@ class TarContainer:
         return f"{self._description.task}-{self._number:06d}.tar"
 
     def _close(self, tar: _Tar) -> Shard:
-        with _told(self._name, self._folder):
+        with told(self._name, self._folder):
             shard = tar.close()
         self._tar = None
         self._number += 1
@@ -194,7 +176,7 @@ class ZarrContainer:
             if array is None:
                 continue
             assert isinstance(array, np.ndarray), name
-            with _told(f"{VOLUMES}/{name}", self._folder):
+            with told(f"{VOLUMES}/{name}", self._folder):
                 path = self._writer.write(name, self._number, array)
                 if modality.kind == "volume":
                     self._complete.append(self._shard(path))
@@ -208,7 +190,7 @@ class ZarrContainer:
 
     def finish(self, samples: Samples) -> tuple[Samples, list[Shard]]:
         shards = self.make_room(0)
-        with _told(VOLUMES, self._folder):
+        with told(VOLUMES, self._folder):
             metadata = self._writer.finish(self._number)
             blocks = {
                 name: self._vector_files(name, samples)

@@ -23,13 +23,24 @@ from distkd.data.manifest import MANIFEST, SPLITS, Split, check_modality, closes
 from distkd.data.remote.stream import samples_of_shards
 from distkd.data.shardset import ShardSet
 from distkd.data.splits import check_classes, choose_labelled, split_numbers
-from distkd.data.transform import Fitted, Preprocess, fit_degraded, fit_image, fit_vector, fit_volume
+from distkd.data.transform import (
+    Fitted,
+    InfiniteRowsError,
+    Preprocess,
+    VectorInput,
+    fit_degraded,
+    fit_image,
+    fit_vector,
+    fit_volume,
+)
 from distkd.data.unreadable import Unreadable
 from distkd.data.volume_reader import VolumeReader
 from distkd.errors import ConfigError, DataError, SampleError
 from distkd.ops.draws import fold_in, integer_key
 
 __all__ = ["DataConfig", "Dataset", "Spare"]
+
+_FIT_BLOCK = 1 << 12
 
 Spare = Callable[[int, int], int]
 """(place in the batch, attempt from 1 on) to the sample that stands in for one that cannot be read."""
@@ -120,13 +131,17 @@ class Dataset:
             "label": columns.label[sample],
         }
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest: equal for sets with the same samples in the same places."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
+
     def provenance(self) -> dict[str, Any]:
         """Where the samples come from, JSON-able, for the record of a run."""
         manifest = self.shard_set.manifest
-        content = (self.folder / MANIFEST).read_bytes()
         return {
             "folder": self.shard_set.place,
-            "manifest_sha256": hashlib.sha256(content).hexdigest(),
+            "manifest_sha256": self.digest,
             "task": manifest.task,
             "source": manifest.source,
             "licence": manifest.licence,
@@ -156,33 +171,40 @@ class Dataset:
 
         Raises:
             SampleError: a sample cannot be read, and none is to be skipped.
-            DataError: more than `data.max_skipped` cannot be read.
+            DataError: more than `data.max_skipped` of this batch cannot be read, or nothing is left to stand in.
         """
+        bad: set[int] = set()
         while True:
             # a copy: the batch shares its memory
-            sample_B, replaced = self._readable(np.array(samples, dtype=np.int64), spare)
+            sample_B, replaced = self._readable(np.array(samples, dtype=np.int64), spare, bad)
             try:
                 made = self._batch(sample_B, epoch=epoch, train=train, step=step, progress=progress)
             except SampleError as error:
                 self.unreadable.add(error)
+                bad.add(error.sample)
+                self.unreadable.check(len(bad))
                 continue
-            if spare is None:
-                self.unreadable.left_out += replaced
-            else:
+            if spare is not None:
                 self.unreadable.replaced += replaced
             return made
 
-    def _readable(self, sample_B: np.ndarray, spare: Spare | None) -> tuple[np.ndarray, int]:
-        """The samples with those that are known to be unreadable replaced or left out, and how many these were."""
-        known_B = self.unreadable.is_known(sample_B)
-        places = np.flatnonzero(known_B)
+    def _readable(self, sample_B: np.ndarray, spare: Spare | None, bad: set[int]) -> tuple[np.ndarray, int]:
+        """The samples with those that cannot be read replaced or left out, and how many these are."""
+        if not bad:
+            return sample_B, 0
+        bad_B = np.isin(sample_B, list(bad))
+        places = np.flatnonzero(bad_B)
         if spare is None:
-            return sample_B[~known_B], len(places)
+            return sample_B[~bad_B], len(places)
         for place in places.tolist():
-            attempt = 1
-            while (sample := spare(place, attempt)) in self.unreadable:
-                attempt += 1
-            sample_B[place] = sample
+            attempts = range(1, len(self.shard_set) + 1)
+            found = next((sample for attempt in attempts if (sample := spare(place, attempt)) not in bad), None)
+            if found is None:
+                raise DataError(
+                    f"no sample of the training split of fold {self.fold} can be read in place of "
+                    f"{self.describe(int(sample_B[place]))['key']!r}; run `distkd shards verify {self.folder}`"
+                )
+            sample_B[place] = found
         return sample_B, len(places)
 
     def _batch(self, sample_B: np.ndarray, *, epoch: int, train: bool, step: int, progress: float) -> Batch:
@@ -231,7 +253,11 @@ class Dataset:
             view[name] = np.zeros((len(sample_B), *self.preprocess.inputs[name].spec.shape), dtype=np.float32)
             if raw_BF is not None:
                 key_B = None if key_B is None else key_B[torch.as_tensor(has_B)]
-                view[name][has_B] = self.preprocess.vectors(name, raw_BF, augment=self.config.augment, key_B=key_B)
+                try:
+                    made_BF = self.preprocess.vectors(name, raw_BF, augment=self.config.augment, key_B=key_B)
+                except InfiniteRowsError as error:
+                    raise self._infinite(name, sample_B[has_B], error) from error
+                view[name][has_B] = made_BF
 
     def _add_images(
         self,
@@ -295,13 +321,41 @@ class Dataset:
             self._pool_process = os.getpid()
         return self._pool
 
-    def _read_readable(self, name: str, samples: np.ndarray) -> np.ndarray:
-        """Of the samples those that can be read, where unreadable ones may be skipped."""
+    def _infinite(self, name: str, samples: np.ndarray, error: InfiniteRowsError) -> SampleError:
+        sample = int(samples[error.row_R[0]])
+        return SampleError(f"{self.shard_set.where(sample, name)}: {error}", sample)
+
+    def _fit_vector(self, name: str, samples: np.ndarray, features: list[str] | None) -> VectorInput:
         while True:
+            raw_BF, samples = self._read_readable(name, samples)
             try:
-                return self._read_all(name, samples[~self.unreadable.is_known(samples)])
-            except SampleError as error:
-                self.unreadable.add(error)
+                return fit_vector(raw_BF, features)
+            except InfiniteRowsError as error:
+                for row in error.row_R[:1] if self.config.on_error == "fail" else error.row_R:
+                    sample = int(samples[row])
+                    self.unreadable.add(SampleError(f"{self.shard_set.where(sample, name)}: {error}", sample))
+                samples = np.delete(samples, error.row_R)
+
+    def _read_readable(self, name: str, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the samples that can be read, where unreadable ones may be skipped, and which these are."""
+        kept: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
+        for first in range(0, len(samples), _FIT_BLOCK):  # a block alone is read again without its bad samples
+            part = samples[first : first + _FIT_BLOCK]
+            while len(part):
+                try:
+                    parts.append(self._read_all(name, part))
+                    kept.append(part)
+                    break
+                except SampleError as error:
+                    self.unreadable.add(error)
+                    part = part[part != error.sample]
+        if not parts:
+            raise DataError(
+                f"{name!r} of no training sample of fold {self.fold} can be read; run `distkd shards verify "
+                f"{self.folder}`"
+            )
+        return np.concatenate(parts), np.concatenate(kept)
 
     def _hide_labels(self) -> np.ndarray:
         numbers = self._of_split["train"]
@@ -354,7 +408,7 @@ class Dataset:
                 if config.streams:  # not every shard, before the first step
                     numbers = np.concatenate(self.samples_of_shards("train"))
                     numbers = numbers[self._has[name][numbers]][: config.stream.fit_samples]
-                inputs[name] = fit_vector(self._read_readable(name, numbers), modality.features)
+                inputs[name] = self._fit_vector(name, numbers, modality.features)
             elif modality.kind == "volume":
                 inputs[name] = fit_volume(modality, config=config.volume)
             else:

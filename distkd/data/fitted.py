@@ -15,12 +15,13 @@ from distkd.data.augment import crop_size
 from distkd.data.degrade import DegradedConfig, check_factor
 from distkd.data.manifest import Modality, explain
 from distkd.data.volumes import VolumeConfig, VolumeView, evaluation_box
-from distkd.errors import CheckpointError, ConfigError
+from distkd.errors import CheckpointError, ConfigError, DataError
 
 __all__ = [
     "DegradedInput",
     "Fitted",
     "ImageInput",
+    "InfiniteRowsError",
     "VectorInput",
     "VolumeInput",
     "dump_inputs",
@@ -28,6 +29,7 @@ __all__ = [
     "fit_image",
     "fit_vector",
     "fit_volume",
+    "infinite_rows",
     "read_inputs",
 ]
 
@@ -136,8 +138,35 @@ Fitted = VectorInput | ImageInput | DegradedInput | VolumeInput
 _Inputs = TypeAdapter(dict[str, Annotated[Fitted, Field(discriminator="kind")]])
 
 
+class InfiniteRowsError(DataError):
+    """Vectors hold infinite values; `row_R` are their places among those that were given."""
+
+    def __init__(self, message: str, row_R: np.ndarray):
+        super().__init__(message)
+        self.row_R = row_R
+
+
+def infinite_rows(raw_BF: np.ndarray) -> np.ndarray:
+    """(R,) int64 places of the vectors that hold what float32 has no finite number for; NaN is a gap."""
+    if raw_BF.dtype.kind != "f":
+        return np.empty(0, dtype=np.int64)
+    most = np.finfo(np.float32).max
+    return np.flatnonzero(((raw_BF > most) | (raw_BF < -most)).any(axis=1))
+
+
 def fit_vector(vector_BF: np.ndarray, features: list[str] | None = None) -> VectorInput:
-    """Median without the gaps; mean and standard deviation (of the population) after filling them; 1 where it is 0."""
+    """Median without the gaps; mean and standard deviation (of the population) after filling them; 1 where it is 0.
+
+    Raises:
+        InfiniteRowsError: some vectors hold infinite values.
+    """
+    row_R = infinite_rows(vector_BF)
+    if len(row_R):
+        raise InfiniteRowsError(
+            f"{len(row_R)} of {len(vector_BF)} vectors hold infinite values; leave a value out (NaN) where it is "
+            "missing",
+            row_R,
+        )
     values = vector_BF.astype(np.float64)
     gaps = np.isnan(values)
     known = ~gaps.all(axis=0)

@@ -1,23 +1,20 @@
 """The JSON that describes a shard set: what is in it, where each byte lies, who is in which split.
 
-Pure: it reads and checks the description; whether the files agree with it is the business of `shardset` and `verify`.
+The types alone: `manifest_file` reads and writes them, `consistency` compares their parts with each other, `shardset`
+and `verify` compare them with the files.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Literal
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError, model_validator
 
-from distkd.base import UNLABELLED
 from distkd.errors import DataError
 
 __all__ = [
@@ -34,11 +31,10 @@ __all__ = [
     "Space",
     "Split",
     "check_modality",
-    "check_patient_law",
     "closest",
     "explain",
-    "read_manifest",
-    "write_manifest",
+    "frame_fault",
+    "some",
 ]
 
 FORMAT_VERSION = 2
@@ -50,8 +46,12 @@ VOLUMES = "volumes.zarr"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_SHOWN = 5
+SHOWN = 5
 """How many of many faults a message names."""
+_VALUE_CHARACTERS = 60
+"""Of a wrong value in a message."""
+_SINGULAR = 1e-6
+"""An affine's axes span this part of the volume that orthogonal ones of their lengths would, or less."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -61,6 +61,8 @@ Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 _FILE = rf"^([A-Za-z0-9_-]+\.tar|{re.escape(VOLUMES)}(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+)$"
 """Nothing that leaves the folder: no part of a path begins with a dot."""
 
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+"""What an int64 holds, also when two of them are added."""
 Row = tuple[float, float, float, float]
 
 
@@ -95,19 +97,27 @@ class Space(_Strict):
 
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Voxels along x, y, z, in the order of the file."""
-    affine: tuple[Row, Row, Row, Row]
-    """Voxel indices to millimetres, rows of a 4 x 4 matrix."""
-    spacing: tuple[float, float, float]
-    """Millimetres between voxels."""
+    affine: tuple[Row, Row, Row, Row] | None = None
+    """Voxel indices to millimetres, rows of a 4 x 4 matrix; None where no file says it."""
+    spacing: tuple[float, float, float] | None = None
+    """Millimetres between voxels; None where no file says it."""
+
+    @model_validator(mode="after")
+    def _is_a_frame(self) -> Self:
+        if self.affine is None or self.spacing is None:
+            return self
+        if fault := frame_fault(self.affine, self.spacing):
+            raise ValueError(fault)
+        return self
 
 
 class Shard(_Strict):
     """One tar, or one file of the zarr group."""
 
     file: Annotated[str, StringConstraints(pattern=_FILE)]
-    samples: NonNegativeInt
+    samples: Count
     """Samples that begin in it; 0 of a zarr file that holds no sample's first values."""
-    bytes: NonNegativeInt
+    bytes: Count
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -120,14 +130,14 @@ class Samples(_Strict):
     """A level between sample and patient, such as the region of interest that a patch was cut from."""
     label: list[int]
     """Class, or -1 where it is unknown."""
-    shard: list[NonNegativeInt]
-    offset: list[NonNegativeInt]
+    shard: list[Count]
+    offset: list[Count]
     """Of the sample's first tar header."""
-    bytes: dict[Name, list[tuple[NonNegativeInt, NonNegativeInt] | None]]
+    bytes: dict[Name, list[tuple[Count, Count] | None]]
     """Per modality (offset in the file, size) of the encoded values; null where the sample lacks it."""
-    crc32c: dict[Name, list[NonNegativeInt | None]] = {}
+    crc32c: dict[Name, list[Count | None]] = {}
     """Tars: CRC-32C of each of these byte ranges; empty in sets of version 1."""
-    file: dict[Name, list[NonNegativeInt | None]] = {}
+    file: dict[Name, list[Count | None]] = {}
     """zarr: number in `shards` of the file that holds a sample's values."""
     space: list[Space | None] = []
     """Of each sample of a set with volumes; empty in others."""
@@ -179,57 +189,45 @@ class Manifest(Description):
         return len(set(self.samples.patient))
 
 
-class _Version(BaseModel):
-    format_version: int | None = None
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The checked manifest of a shard set.
-
-    Raises:
-        DataError: there is none, it is damaged or of another version, or it contradicts itself.
-    """
-    path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(
-            f"no {MANIFEST} in {str(folder)!r}, so it is not a shard set; make one with "
-            f"`python shards/<recipe>.py --out {folder}`"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}; check the path and its rights") from error
-    try:
-        found = _Version.model_validate_json(text).format_version
-        if found is not None and not 1 <= found <= FORMAT_VERSION:
-            raise DataError(
-                f"{str(path)!r} has format version {found}, this distkd reads 1 to {FORMAT_VERSION}; "
-                + ("update distkd" if found > FORMAT_VERSION else "build the shard set again")
-            )
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise DataError(
-            f"{str(path)!r} is not a valid manifest: {explain(error)}; build the shard set again"
-        ) from error
-    check_consistency(manifest, str(path))
-    return manifest
-
-
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """One line per top-level field, so that the head of the file is readable and equal content gives equal bytes."""
-    fields = manifest.model_dump(mode="json")
-    lines = [
-        f" {json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in sorted(fields.items())
-    ]
-    (folder / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
 def explain(error: ValidationError) -> str:
-    """pydantic's faults on one line, the first few of them, with their paths."""
-    faults = error.errors(include_url=False)
-    shown = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].lower()}" for fault in faults[:_SHOWN]]
-    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    return "; ".join(shown + more)
+    """pydantic's faults on one line, the first few of them, with their paths and the values found."""
+    faults: list[Any] = error.errors(include_url=False)
+    return some([_fault(fault) for fault in faults[:SHOWN]] + [""] * (len(faults) - SHOWN), "; ")
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    words = fault["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, fault["loc"])) or "file"
+    found = "" if fault["type"] in ("missing", "json_invalid", "value_error") else f", found {_short(fault['input'])}"
+    return f"{place}: {words[:1].lower()}{words[1:]}{found}"
+
+
+def _short(value: object) -> str:
+    shorten = reprlib.Repr()
+    shorten.maxstring = shorten.maxother = shorten.maxlong = _VALUE_CHARACTERS
+    text = shorten.repr(value)
+    return text if len(text) <= _VALUE_CHARACTERS else text[: _VALUE_CHARACTERS - 3] + "..."
+
+
+def some(items: Sequence[str], separator: str = ", ") -> str:
+    """The first few of them, and how many there are beyond."""
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return separator.join([*items[:SHOWN], *more])
+
+
+def frame_fault(affine: Sequence[Sequence[float]], spacing: Sequence[float]) -> str:
+    """Why these do not place a volume in the scanner's frame, or empty."""
+    if not all(map(math.isfinite, (*(value for row in affine for value in row), *spacing))):
+        return f"affine {affine} and spacing {spacing} hold values that are not finite"
+    if min(spacing) <= 0:
+        return f"spacing is {spacing}, expected more than 0 mm along each axis"
+    if tuple(affine[3]) != (0, 0, 0, 1):
+        return f"the affine's last row is {tuple(affine[3])}, expected (0, 0, 0, 1)"
+    (a, b, c), (d, e, f), (g, h, i) = (row[:3] for row in affine[:3])
+    spanned = abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+    if spanned <= _SINGULAR * math.hypot(a, d, g) * math.hypot(b, e, h) * math.hypot(c, f, i):
+        return f"affine {affine} is singular, expected three axes that span a volume"
+    return ""
 
 
 def closest(name: str, available: Iterable[str]) -> str:
@@ -253,176 +251,3 @@ def check_modality(description: Description, name: str) -> Modality:
             f"use one of {', '.join(sorted(description.modalities))}"
         )
     raise DataError(f"unknown modality {name!r} for task {description.task!r}{closest(name, description.modalities)}")
-
-
-def check_patient_law(manifest: Manifest) -> None:
-    """No patient is in two splits of a fold.
-
-    Raises:
-        DataError: naming the fold, the patients and their splits.
-    """
-    for number, fold in enumerate(manifest.folds):
-        splits_of: dict[str, list[str]] = {}
-        for split in SPLITS:
-            for patient in fold.patients(split):
-                splits_of.setdefault(patient, []).append(split)
-        twice = [f"{patient!r} ({' and '.join(splits)})" for patient, splits in splits_of.items() if len(splits) > 1]
-        if twice:
-            raise DataError(
-                f"patient in two splits of fold {number}: {_some(twice)}; a patient's samples must stay in one split: "
-                "build the shard set again with folds by patient"
-            )
-
-
-def check_consistency(manifest: Manifest, where: str) -> None:
-    """The manifest agrees with itself; `where` starts the message.
-
-    Raises:
-        DataError: with all the faults found, the first few in words.
-    """
-    faults = list(_faults(manifest))
-    if faults:
-        raise DataError(f"{where} contradicts itself: {_some(faults, '; ')}; build the shard set again")
-    check_patient_law(manifest)
-
-
-def _faults(manifest: Manifest) -> Iterable[str]:
-    samples, n = manifest.samples, manifest.n_samples
-    columns: Mapping[str, list[object]] = {  # pyright: ignore[reportAssignmentType]
-        "patient": samples.patient,
-        "group": samples.group,
-        "label": samples.label,
-        "shard": samples.shard,
-        "offset": samples.offset,
-        **{f"bytes.{name}": column for name, column in samples.bytes.items()},
-        **{f"crc32c.{name}": column for name, column in samples.crc32c.items()},
-        **{f"file.{name}": column for name, column in samples.file.items()},
-        **({"space": samples.space} if samples.space else {}),
-    }
-    uneven = [
-        f"samples.{name} has {len(column)} entries, key has {n}" for name, column in columns.items() if len(column) != n
-    ]
-    expected = {"bytes": samples.bytes}
-    expected |= {"crc32c": samples.crc32c} if samples.crc32c else {}
-    expected |= {"file": samples.file} if manifest.container == "zarr" or samples.file else {}
-    uneven += [
-        f"samples.{column} has {sorted(found)}, modalities has {sorted(manifest.modalities)}"
-        for column, found in expected.items()
-        if set(found) != set(manifest.modalities)
-    ]
-    if uneven:
-        yield from uneven
-        return  # the checks below walk the columns together
-    if n == 0:
-        yield "it has no samples"
-    yield from (f"key {key!r} occurs {count} times" for key, count in Counter(samples.key).items() if count > 1)
-    yield from (
-        f"class name {name!r} occurs {count} times"
-        for name, count in Counter(manifest.class_names).items()
-        if count > 1
-    )
-    highest = len(manifest.class_names) - 1
-    wrong = {label for label in samples.label if not UNLABELLED <= label <= highest}
-    if wrong:
-        yield f"labels {sorted(wrong)} are outside {UNLABELLED}..{highest} ({len(manifest.class_names)} class names)"
-    both = sorted(set(manifest.excluded) & set(manifest.modalities))
-    if both:
-        yield f"{both} are both modalities and excluded"
-    for name, modality in manifest.modalities.items():
-        yield from (f"modality {name!r} {fault}" for fault in _modality_faults(modality))
-        if (modality.codec == "zarr") != (manifest.container == "zarr"):
-            yield f"modality {name!r} is stored as {modality.codec}, the container is {manifest.container}"
-    yield from _problem_faults(manifest)
-    yield from _shard_faults(manifest)
-    yield from _space_faults(manifest)
-    known = set(samples.patient)
-    for number, fold in enumerate(manifest.folds):
-        strangers = [p for split in SPLITS for p in fold.patients(split) if p not in known]
-        if strangers:
-            yield f"fold {number} names patients without samples: {_some([repr(p) for p in strangers])}"
-
-
-def _modality_faults(modality: Modality) -> Iterable[str]:
-    dimensions = {"vector": 1, "image": 3, "volume": 4}[modality.kind]
-    if len(modality.shape) != dimensions:
-        yield f"is a {modality.kind} of shape {modality.shape}, expected {dimensions} dimensions"
-    elif modality.features is not None and len(modality.features) != math.prod(modality.shape):
-        yield f"has {len(modality.features)} feature names for shape {modality.shape}"
-    elif modality.kind == "volume" and modality.codec != "zarr":
-        yield f"is a volume stored as {modality.codec}, expected zarr"
-    elif modality.chunk is not None and (modality.codec != "zarr" or len(modality.chunk) != len(modality.shape)):
-        yield f"is stored as {modality.codec} with chunks {modality.chunk} of shape {modality.shape}"
-    elif modality.codec in ("png", "jpg") and (
-        modality.kind != "image" or modality.dtype != "uint8" or modality.shape[2] not in (1, 3)
-    ):
-        yield f"is stored as {modality.codec}, which holds uint8 images of 1 or 3 channels only"
-
-
-def _problem_faults(manifest: Manifest) -> Iterable[str]:
-    targets = [name for name, modality in manifest.modalities.items() if modality.role == "target"]
-    if manifest.problem == "segmentation" and len(targets) != 1:
-        yield f"it is a segmentation with targets {targets}, expected one modality of that role"
-    if manifest.problem == "classification" and targets:
-        yield f"it is a classification with targets {targets}, expected none"
-    n_classes = len(manifest.class_names)
-    for name in targets:
-        values = manifest.modalities[name].values
-        if values is not None and (len(values) != n_classes or len(set(values)) != n_classes):
-            yield f"target {name!r} has values {values} for {n_classes} class names"
-
-
-def _space_faults(manifest: Manifest) -> Iterable[str]:
-    volumes = {name: modality for name, modality in manifest.modalities.items() if modality.kind == "volume"}
-    if volumes and not manifest.samples.space:
-        yield f"it has volumes {sorted(volumes)} without samples.space"
-        return
-    for name, modality in volumes.items():
-        for number, space in enumerate(manifest.samples.space):
-            if manifest.samples.bytes[name][number] is None:
-                continue
-            if space is None or any(own > most for own, most in zip(space.shape, modality.shape[1:], strict=True)):
-                found = None if space is None else space.shape
-                yield f"sample {manifest.samples.key[number]!r} has space {found}, {name!r} holds {modality.shape}"
-
-
-def _shard_faults(manifest: Manifest) -> Iterable[str]:
-    samples, shards = manifest.samples, manifest.shards
-    yield from (
-        f"shard {name!r} is listed {count} times"
-        for name, count in Counter(s.file for s in shards).items()
-        if count > 1
-    )
-    counts = Counter(samples.shard)
-    outside = sorted(number for number in counts if number >= len(shards))
-    if outside:
-        yield f"samples name shards {outside}, there are {len(shards)}"
-        return
-    for number, shard in enumerate(shards):
-        if counts[number] != shard.samples:
-            yield f"shard {shard.file!r} has {shard.samples} samples, the columns list {counts[number]}"
-    size_of = np.array([shard.bytes for shard in shards], dtype=np.int64)
-    for name, column in samples.bytes.items():
-        files = np.array(samples.shard, dtype=np.int64)
-        if name in samples.file:
-            files = np.array([0 if number is None else number for number in samples.file[name]], dtype=np.int64)
-            strangers = sorted(set(files.tolist()) - set(range(len(shards))))
-            if strangers:
-                yield f"samples.file.{name} names shards {strangers[:_SHOWN]}, there are {len(shards)}"
-                continue
-            unequal = [
-                key
-                for key, a, b in zip(samples.key, column, samples.file[name], strict=True)
-                if (a is None) != (b is None)
-            ]
-            if unequal:
-                yield f"{name!r} of {_some(unequal)} has bytes without a file, or a file without bytes"
-        ends = size_of[files]
-        places = np.array([place or (0, 0) for place in column], dtype=np.int64).reshape(-1, 2)
-        beyond = np.flatnonzero(places.sum(axis=1) > ends)
-        if len(beyond):
-            yield f"{name!r} of sample {samples.key[beyond[0]]!r} ends after its shard"
-
-
-def _some(items: list[str], separator: str = ", ", render: Callable[[str], str] = str) -> str:
-    more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return separator.join([render(item) for item in items[:_SHOWN]] + more)

@@ -8,6 +8,7 @@ header, and its CRC-32C when that is due. `verify` checks the rest.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from distkd.data.codec import DecodeError, decode, encode
-from distkd.data.manifest import VOLUMES, Manifest, Modality, check_modality, read_manifest
+from distkd.data.codec import DecodeError, decode, npy_header
+from distkd.data.consistency import places_of
+from distkd.data.manifest import VOLUMES, Manifest, Modality, check_modality
+from distkd.data.manifest_file import read_manifest
 from distkd.data.wds import TarFiles
 from distkd.errors import DataError, SampleError
 
@@ -131,7 +134,7 @@ class ShardSet:
         whole = self._space_shape(sample)
         if any(a < 0 or n < 1 or a + n > most for a, n, most in zip(start, size, whole, strict=True)):
             raise DataError(
-                f"crop {size} at {start} of {self._where(sample, name)} is not inside {whole}; "
+                f"crop {size} at {start} of {self.where(sample, name)} is not inside {whole}; "
                 "use a smaller crop, or pad the volume"
             )
         return self._read_box(sample, name, start, size)
@@ -140,6 +143,10 @@ class ShardSet:
         """(S,) bool: which samples have the modality."""
         check_modality(self.manifest, modality)
         return self._column(modality).has_S.copy()
+
+    def block(self, sample: int, name: str) -> int:
+        """Number of what a checksum covers: several samples of a zarr group's vectors, else the sample alone."""
+        return int(self._column(name).block_S[sample])
 
     def checking(self, check: Check) -> ShardSet:
         """The same set with another rule for checksums, none of them compared yet."""
@@ -193,7 +200,7 @@ class ShardSet:
     def _read_member(self, sample: int, name: str, modality: Modality) -> np.ndarray:
         column = self._column(name)
         offset, size = int(column.offset_S[sample]), int(column.size_S[sample])
-        where = self._where(sample, name)
+        where = self.where(sample, name)
         try:
             data = self._tars.read(int(self._shard_S[sample]), offset, size)
         except OSError as error:
@@ -224,7 +231,7 @@ class ShardSet:
         try:
             array = self._zarr.read(name, sample, start=start, size=size, out=out, check=check)
         except DataError as error:
-            raise SampleError(f"cannot read {self._where(sample, name)}: {error}", sample) from error
+            raise SampleError(f"cannot read {self.where(sample, name)}: {error}", sample) from error
         if check:
             seen[...] = True
         if out is None:
@@ -258,7 +265,7 @@ class ShardSet:
             size = self._space_shape(sample) if modality.kind == "volume" else None
             if size is not None and size != modality.shape[1:]:
                 raise DataError(
-                    f"{self._where(sample, name)} has {size} voxels, a batch of whole volumes needs "
+                    f"{self.where(sample, name)} has {size} voxels, a batch of whole volumes needs "
                     f"{modality.shape[1:]} of each; read crops"
                 )
             self._read_box(sample, name, (0, 0, 0), size, out[place])
@@ -285,7 +292,8 @@ class ShardSet:
         assert space is not None, sample  # the manifest was checked
         return space.shape
 
-    def _where(self, sample: int, name: str) -> str:
+    def where(self, sample: int, name: str) -> str:
+        """What and where a value is, for people."""
         columns = self.manifest.samples
         number = columns.file[name][sample] if name in columns.file else columns.shard[sample]
         assert number is not None, (name, sample)
@@ -331,11 +339,11 @@ class _Column:
 
 def _make_column(manifest: Manifest, name: str) -> _Column:
     samples, modality = manifest.samples, manifest.modalities[name]
-    places = np.array([place or (-1, -1) for place in samples.bytes[name]], dtype=np.int64).reshape(-1, 2)
+    places = places_of(samples.bytes[name], (-1, -1))
     sums = samples.crc32c.get(name) or [None] * manifest.n_samples
     crc_S = np.array([-1 if crc is None else crc for crc in sums], dtype=np.int64)
-    header, n_bytes = _npy_header(modality) if modality.codec == "npy" else (b"", 0)
-    plain_S = places[:, 1] == n_bytes
+    header = npy_header(modality.dtype, modality.shape) if modality.codec == "npy" else b""
+    plain_S = places[:, 1] == len(header) + math.prod(modality.shape) * np.dtype(modality.dtype).itemsize
     column = _Column(
         has_S=places[:, 0] >= 0,
         offset_S=np.ascontiguousarray(places[:, 0]),
@@ -363,13 +371,6 @@ def _set_blocks(column: _Column, manifest: Manifest, name: str) -> None:
     else:
         column.block_S = column.block_S // layout.rows
         column.seen_S = np.zeros(manifest.n_samples // layout.rows + 1, dtype=bool)
-
-
-def _npy_header(modality: Modality) -> tuple[bytes, int]:
-    """What an npy file of this modality begins with, and its size."""
-    empty = np.zeros(modality.shape, dtype=modality.dtype)
-    data = encode(empty, modality)
-    return data[: len(data) - empty.nbytes], len(data)
 
 
 def size_fault(folder: Path, file: str, expected: int) -> str:

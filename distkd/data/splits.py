@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from distkd.base import UNLABELLED
-from distkd.data.manifest import SPLITS, Fold, Manifest, Split, check_patient_law
+from distkd.data.manifest import SPLITS, Fold, Manifest, Split
 from distkd.errors import DataError
 from distkd.ops.draws import fold_in, integer_key, text_key
 
 __all__ = [
     "check_classes",
-    "check_patient_law",
     "choose_labelled",
     "hold_out",
     "label_of_patient",
@@ -69,13 +68,7 @@ def patient_folds(
     label_of = label_of_patient(patients, labels)
     stratum = {patient: label for patient, label in label_of.items() if label != UNLABELLED}
     unlabelled = [patient for patient, label in label_of.items() if label == UNLABELLED]
-    needed = max(n_folds, 3 if val_share else 2)
-    for label, count in sorted(Counter(stratum.values()).items()):
-        if n_folds < 2 or count < needed:
-            raise DataError(
-                f"class {label} has {count} patients, {n_folds} folds with train, val and test need at least "
-                f"{max(needed, 2)} of each class and 2 folds; use fewer folds or merge classes"
-            )
+    _check_counts(Counter(stratum.values()), n_folds, least=3 if val_share else 2)
     tested: list[list[str]] = [[] for _ in range(n_folds)]
     dealt = 0  # dealing goes on where the last class stopped, so that folds differ by one patient at most
     for members in _shuffled_strata(stratum, np.random.default_rng(seed)):
@@ -88,6 +81,26 @@ def patient_folds(
         train, val = hold_out(rest, val_share, seed=(seed, number))
         folds.append(Fold(train=sorted(train + unlabelled), val=val, test=sorted(test)))
     return folds
+
+
+def _check_counts(count_of: Mapping[int, int], n_folds: int, least: int) -> None:
+    if n_folds < 2:
+        raise DataError(f"{n_folds} fold{'' if n_folds == 1 else 's'}, expected at least 2; use more")
+    needed = max(n_folds, least)
+    parts = "train, val and test" if least == 3 else "train and test"
+    for label, count in sorted(count_of.items()):
+        if count >= needed:
+            continue
+        patients = f"{count} patient{'' if count == 1 else 's'}"
+        if len(count_of) == 1:  # of a segmentation, say: there is no class to merge
+            raise DataError(
+                f"{patients}; {n_folds} folds with {parts} need at least {needed}; "
+                + ("add patients" if count < least else "add patients or use fewer folds")
+            )
+        raise DataError(
+            f"class {label} has {patients}, {n_folds} folds with {parts} need at least {needed} of each class; "
+            "use fewer folds or merge classes"
+        )
 
 
 def split_numbers(manifest: Manifest, fold: int, split: Split) -> np.ndarray:

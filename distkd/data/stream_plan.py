@@ -4,7 +4,7 @@ A run has a number of lanes that does not change with its ranks. A lane is a lon
 sequence, read window by window; a global batch takes as many samples from each lane.
 """
 
-# Shapes: S shards, G samples of a step over all ranks and passes, P places, N samples of all shards
+# Shapes: S shards, D different shards, G samples of a step over all ranks and passes, P places, N samples of all shards
 
 from __future__ import annotations
 
@@ -36,6 +36,27 @@ class _Sequence(NamedTuple):
     shard_S: Array
     start_S: Array
     start: int
+
+
+class _Window(NamedTuple):
+    """Which shards some lanes read in one window, to be asked for at any of its places."""
+
+    of: tuple[int, range, int]
+    """Epoch, lanes and window."""
+    shard_D: Array
+    """The different shards."""
+    use_P: Array
+    """Ascending: D's number times all places, plus the place of a use; a place counts the lanes, too."""
+    n_places: int
+
+    def coming(self, place: int) -> list[int]:
+        """Shards that are used at that place or later, by their next use."""
+        first_D = np.arange(len(self.shard_D)) * self.n_places
+        # the next use of the last shards may not exist, or be one of the shard behind
+        at_D = np.searchsorted(self.use_P, first_D + place)
+        next_D = np.append(self.use_P, len(self.shard_D) * self.n_places)[at_D] - first_D
+        order = np.argsort(next_D)
+        return self.shard_D[order[: np.count_nonzero(next_D < self.n_places)]].tolist()
 
 
 class StreamPlan:
@@ -98,6 +119,7 @@ class StreamPlan:
         self._windows = -(-self._length // buffer)
         self._window = -(-self._length // self._windows)
         self._sequences: dict[int, _Sequence] = {}
+        self._window_now: _Window | None = None
 
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -160,15 +182,23 @@ class StreamPlan:
         if step >= self.n_steps:
             return
         epoch, inside = divmod(step, self.steps_per_epoch)
-        first = inside * self._of_lane
-        window = first // self._window
-        place = np.arange(first, min((window + 1) * self._window, self._length))
-        lane_P, place_P = np.tile(lanes, len(place)), np.repeat(place, len(lanes))
-        yield from _in_order(self._at(epoch, lane_P, place_P)[0])
+        window, place = divmod(inside * self._of_lane, self._window)
+        yield from self._window_of(epoch, lanes, window).coming(place * len(lanes))
         for later, begin in ((epoch, window + 1), (epoch + 1, 0)):
             for window in range(begin, self._windows if later < self.epochs else 0):
                 for lane in lanes:
                     yield from self._shards_of(later, lane, window)
+
+    def _window_of(self, epoch: int, lanes: range, window: int) -> _Window:
+        """The last one asked for is kept: what comes next is looked at many times while a window is read."""
+        found = self._window_now
+        if found is None or found.of != (epoch, lanes, window):
+            place = np.arange(window * self._window, min((window + 1) * self._window, self._length))
+            shard_P = self._at(epoch, np.tile(lanes, len(place)), np.repeat(place, len(lanes)))[0]
+            shard_D, number_P = np.unique(shard_P, return_inverse=True)
+            use_P = np.sort(number_P * len(shard_P) + np.arange(len(shard_P)))
+            found = self._window_now = _Window((epoch, lanes, window), shard_D, use_P, len(shard_P))
+        return found
 
     def _shards_of(self, epoch: int, lane: int, window: int) -> Iterator[int]:
         """All shards of a window, as they lie."""
@@ -255,12 +285,6 @@ def _neighbours(n: int, wanted: int) -> str:
     divisors = _divisors(n)
     around = [max((d for d in divisors if d < wanted), default=1), min((d for d in divisors if d > wanted), default=n)]
     return " and ".join(map(str, dict.fromkeys(around)))
-
-
-def _in_order(shard_P: Array) -> Iterator[int]:
-    """Different values by first appearance."""
-    shard, first = np.unique(shard_P, return_index=True)
-    yield from shard[np.argsort(first)].tolist()
 
 
 @dataclass(frozen=True, slots=True)

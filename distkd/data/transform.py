@@ -32,6 +32,7 @@ from distkd.data.fitted import (
     DegradedInput,
     Fitted,
     ImageInput,
+    InfiniteRowsError,
     VectorInput,
     VolumeInput,
     dump_inputs,
@@ -50,6 +51,7 @@ __all__ = [
     "DegradedInput",
     "Fitted",
     "ImageInput",
+    "InfiniteRowsError",
     "Preprocess",
     "VectorInput",
     "VolumeInput",
@@ -141,7 +143,12 @@ class Preprocess:
     def vectors(
         self, name: str, raw_BF: np.ndarray, *, augment: AugmentConfig | None = None, key_B: Tensor | None = None
     ) -> np.ndarray:
-        """(B, F) float32 of stored vectors, all at once."""
+        """(B, F) float32 of stored vectors, all at once.
+
+        Raises:
+            InfiniteRowsError: some of them are infinite, stored or standardised; it says which rows.
+            DataError: a shape or a type that the transform was not fitted for.
+        """
         median_F, mean_F, std_F = self._vectors[name]
         if raw_BF.shape[1:] != mean_F.shape or raw_BF.dtype.kind not in "fiub":
             raise DataError(
@@ -149,10 +156,14 @@ class Preprocess:
                 f"expected numbers of shape {mean_F.shape}"
             )
         values = raw_BF.astype(np.float64)
-        if np.isinf(values).any():
-            raise DataError(f"{name!r} holds infinite values; leave a value out (NaN) where it is missing")
         values = np.where(np.isnan(values), median_F, values)
-        made = ((values - mean_F) / std_F).astype(np.float32)
+        with np.errstate(over="ignore"):  # what is too large comes out infinite, too
+            made = ((values - mean_F) / std_F).astype(np.float32)
+        if np.isinf(made).any():
+            raise InfiniteRowsError(
+                f"{name!r} holds infinite values; leave a value out (NaN) where it is missing",
+                np.flatnonzero(np.isinf(made).any(axis=1)),
+            )
         return made if augment is None or key_B is None else vary_vectors(made, augment, name, key_B)
 
     def image(self, name: str, raw_HWC: np.ndarray, draw: ImageDraw = CENTRE) -> np.ndarray:

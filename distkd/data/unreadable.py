@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
-
-import numpy as np
 
 from distkd.errors import DataError, SampleError
 
@@ -19,21 +17,24 @@ log = logging.getLogger(__name__)
 
 
 class Unreadable:
-    """What this process could not read so far, up to a limit.
+    """What could not be read, here and on the other ranks; it decides nothing but when there is too much of it.
+
+    Which sample stands in for another is found for each batch anew: what one process has met before, or which part of a
+    volume another one has read, must not matter.
 
     Args:
         on_error: `fail` raises at the first; `skip` remembers them.
-        share: of the set's samples that may be skipped.
+        share: of the set's samples that may be skipped, one at least.
     """
 
     def __init__(self, on_error: OnError, n_samples: int, share: float):
         self.replaced = 0
-        """How many samples of training batches were replaced by others."""
-        self.left_out = 0
-        """How many samples of evaluations were left out."""
+        """How many samples of training batches that this process made were replaced by others."""
+        self.everywhere: set[int] = set()
+        """Those that all ranks have told each other of, also in earlier attempts."""
         self._on_error: OnError = on_error
         self._n_samples, self._share = n_samples, share
-        self._limit = int(share * n_samples)
+        self._limit = max(1, int(share * n_samples))
         self._found: dict[int, str] = {}
         self._news: list[tuple[int, str]] = []
         self._lock = threading.Lock()
@@ -41,21 +42,11 @@ class Unreadable:
     def __len__(self) -> int:
         return len(self._found)
 
-    def __contains__(self, sample: int) -> bool:
-        return sample in self._found
-
-    def is_known(self, sample_B: Sequence[int] | np.ndarray) -> np.ndarray:
-        """(B,) bool: which of the samples are among them."""
-        if not self._found:
-            return np.zeros(len(sample_B), dtype=bool)
-        return np.array([int(sample) in self._found for sample in sample_B], dtype=bool)
-
     def add(self, error: SampleError) -> None:
         """Remember a sample, or raise.
 
         Raises:
             SampleError: it, where the run is to stop.
-            DataError: there are more than the limit.
         """
         if self._on_error == "fail":
             raise error
@@ -65,14 +56,36 @@ class Unreadable:
             self._found[error.sample] = str(error)
             self._news.append((error.sample, str(error)))
         log.warning("left out: %s", error)
-        if len(self._found) > self._limit:
+
+    def untold(self) -> list[int]:
+        """Samples of this process that the other ranks do not know of."""
+        return sorted(set(self._found) - self.everywhere)
+
+    def tell(self, by_rank: Iterable[Iterable[int]]) -> None:
+        """Put together what the ranks have not told yet; all ranks are given the same.
+
+        Raises:
+            DataError: there are more than the limit; on all ranks alike.
+        """
+        for samples in by_rank:
+            self.everywhere.update(samples)
+        self.check(len(self.everywhere))
+
+    def check(self, count: int) -> None:
+        """Stop at more than the limit.
+
+        Raises:
+            DataError: there are.
+        """
+        if count > self._limit:
+            last = next(reversed(self._found.values()), "on another rank")
             raise DataError(
-                f"{len(self._found)} samples cannot be read, data.max_skipped={self._share:g} of {self._n_samples} "
-                f"allows {self._limit}; the last: {error}"
-            ) from error
+                f"{count} samples cannot be read, data.max_skipped={self._share:g} of {self._n_samples} allows "
+                f"{self._limit}; mend the shards, or set it to {1.1 * count / self._n_samples:.2g}; the last: {last}"
+            )
 
     def news(self) -> list[tuple[int, str]]:
-        """(sample, why) of those found since the last call."""
+        """(sample, why) of those that this process has found since the last call."""
         with self._lock:
             news, self._news = self._news, []
         return news

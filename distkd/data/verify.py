@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from distkd.data.manifest import VOLUMES
 from distkd.data.shardset import REMEDY, ShardSet, raise_all, size_fault
 from distkd.data.wds import Member, TarFault, leads_out, members
@@ -40,6 +42,8 @@ def verify(
     threads: int | None = None,
 ) -> Verified:
     """Hash every file, walk every tar, decode every sample, look for files that do not belong to the set.
+
+    Label maps must hold the values of the classes, too.
 
     Args:
         progress: wraps the names of the files, to show how far it is.
@@ -104,11 +108,30 @@ class _Job:
         return [words + nowhere, *faults]
 
     def _value_faults(self, number: int) -> Iterator[str]:
+        """Read each value; of a block of vectors the first, which compares the checksum of them all."""
+        done: set[tuple[str, int]] = set()
         for sample, name in self.values[number]:
+            block = (name, self.shard_set.block(sample, name))
+            if block in done:
+                continue
+            done.add(block)
             try:
-                self.shard_set.read(sample, (name,))
+                array = self.shard_set.read(sample, (name,))[name]
             except DataError as error:
                 yield str(error).removesuffix(f"; {REMEDY}")
+            else:
+                if self.manifest.modalities[name].role == "target":
+                    yield from self._label_map_faults(sample, name, array)
+
+    def _label_map_faults(self, sample: int, name: str, array: np.ndarray) -> Iterator[str]:
+        expected = self.manifest.modalities[name].values or list(range(len(self.manifest.class_names)))
+        is_wrong = ~np.isin(array, expected)
+        if is_wrong.any():
+            at = tuple(np.argwhere(is_wrong)[0].tolist())
+            yield (
+                f"{self.shard_set.where(sample, name)} holds {array[at]} at {at}, expected one of {expected} "
+                f"({np.count_nonzero(is_wrong)} of {array.size} places hold no class)"
+            )
 
     def _tar_faults(self, number: int, path: Path) -> list[str]:
         found: list[Member] = []

@@ -25,7 +25,7 @@ from distkd.data.volumes import (
     finish_target,
     read_points,
 )
-from distkd.errors import DataError
+from distkd.errors import DataError, SampleError
 
 __all__ = ["VolumeReader"]
 
@@ -54,6 +54,12 @@ class VolumeReader:
         self._has = {name: shard_set.has(name) for name in [*names, *([target] if target else [])]}
         self._statistics = {name: f"{name}_stats" for name in names if f"{name}_stats" in modalities}
         self._points = f"{target}_points" if f"{target}_points" in modalities else None
+        without = [name for name in names if name not in self._statistics]
+        if config.normalise != "none" and without:
+            raise DataError(
+                f"data.volume.normalise={config.normalise} needs the stored statistics of {', '.join(without)}, which "
+                f"{shard_set.place!r} does not have; build the shard set again, or set it to none"
+            )
         if config.foreground and self._points is None:
             raise DataError(
                 f"data.volume.foreground={config.foreground} needs the stored places of the label map's values, which "
@@ -80,17 +86,23 @@ class VolumeReader:
             box = evaluation_box(self._config, shape, self._stored)
         else:
             box = crop_box(self._config, shape, self._stored, points, key)
-        images = {
-            name: self._preprocess.volume(
-                name,
-                self._shard_set.crop(sample, name, box.start, box.size),
-                box=box,
-                statistics=statistics.get(name),
-            )
-            for name in self._names
-            if self._has[name][sample]
-        }
-        targets = self._target_of(sample, box)
+        try:
+            images = {
+                name: self._preprocess.volume(
+                    name,
+                    self._shard_set.crop(sample, name, box.start, box.size),
+                    box=box,
+                    statistics=statistics.get(name),
+                )
+                for name in self._names
+                if self._has[name][sample]
+            }
+            targets = self._target_of(sample, box)
+        except SampleError:
+            raise
+        except DataError as error:  # values that no recipe would have stored
+            key_of = self._shard_set.manifest.samples.key
+            raise SampleError(f"sample {key_of[sample]!r} of {self._shard_set.place!r}: {error}", sample) from error
         if key is not None:
             images, targets = vary_volumes(images, targets, self._config.augment, key)
         return {**images, **targets}

@@ -11,17 +11,18 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+
+from distkd.data.descriptors import OpenFile, Recent
 
 __all__ = ["BLOCK_BYTES", "Member", "TarFault", "TarFiles", "leads_out", "members"]
 
 BLOCK_BYTES = 512
 
 _MAX_OPEN = 512
-"""Descriptors kept open; of a set with more shards each read opens its own."""
+"""Descriptors kept open, those used last."""
 
 
 class TarFiles:
@@ -30,7 +31,7 @@ class TarFiles:
     def __init__(self, folder: Path, files: Sequence[str], sizes: Sequence[int]):
         self._paths = [os.path.join(folder, file) for file in files]
         self._sizes = list(sizes)
-        self._held = _Descriptors()
+        self._begin()
 
     def read(self, number: int, offset: int, n_bytes: int) -> bytes:
         """Those bytes, fewer where the file ends.
@@ -64,18 +65,50 @@ class TarFiles:
         Returns:
             Places of the rows that could not be read or are not as expected; these hold anything.
         """
+        expected = [-1] * len(rows) if sums is None else sums
+        parts = self._parts(numbers)
+        if len(parts) == 1:
+            return self._read_part(numbers, offsets, header, rows, expected)
+        odd: list[int] = []
+        for part in parts:
+            found = self._read_part(
+                [numbers[place] for place in part],
+                [offsets[place] for place in part],
+                header,
+                [rows[place] for place in part],
+                [expected[place] for place in part],
+            )
+            odd += [part[place] for place in found]
+        return odd
+
+    def _parts(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """Places of the rows, so that no more files are needed at once than are kept open."""
+        files = set(numbers)
+        if len(files) <= _MAX_OPEN:
+            return [range(len(numbers))] if files else []
+        part_of = {number: at // _MAX_OPEN for at, number in enumerate(files)}
+        parts: list[list[int]] = [[] for _ in range(0, len(files), _MAX_OPEN)]
+        for place, number in enumerate(numbers):
+            parts[part_of[number]].append(place)
+        return [*parts]
+
+    def _read_part(
+        self,
+        numbers: Sequence[int],
+        offsets: Sequence[int],
+        header: bytes,
+        rows: Sequence[np.ndarray],
+        sums: Sequence[int],
+    ) -> list[int]:
         from google_crc32c import extend, value  # pyright: ignore[reportUnknownVariableType]
 
-        if not rows:
-            return []
         odd: list[int] = []
         preadv, n_bytes = os.preadv, len(header) + rows[0].nbytes
         scratch, sound = bytearray(len(header)), bytearray(header)
         header_sum: int = value(header)  # pyright: ignore[reportUnknownVariableType]
         try:
             with self._open(set(numbers)) as descriptors:
-                work = zip(numbers, offsets, rows, repeat(-1) if sums is None else sums, strict=False)
-                for place, (number, offset, row, expected) in enumerate(work):
+                for place, (number, offset, row, expected) in enumerate(zip(numbers, offsets, rows, sums, strict=True)):
                     try:
                         found = preadv(descriptors[number], (scratch, row), offset)  # pyright: ignore[reportArgumentType]
                     except OSError:
@@ -92,59 +125,52 @@ class TarFiles:
 
     @property
     def n_open(self) -> int:
-        return len(self._held.by_number)
+        """Descriptors that are kept."""
+        return len(self._held)
 
     def close(self) -> None:
         """Give the descriptors back; reading opens them again."""
-        self._held.close()
+        with self._guard():
+            self._held.clear()
 
     def __getstate__(self) -> dict[str, object]:
         return {"_paths": self._paths, "_sizes": self._sizes}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._held = _Descriptors()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._held: Recent[int, OpenFile] = Recent(_MAX_OPEN)
+        self._process = os.getpid()
+
+    def _guard(self) -> threading.Lock:
+        if self._process != os.getpid():
+            self._begin()  # after a fork a thread that is gone may hold the lock, or have been changing what it guards
+        return self._lock
 
     @contextmanager
     def _open(self, numbers: set[int]) -> Generator[dict[int, int]]:
-        """Descriptors of these files."""
-        held = self._held
-        if len(self._paths) > _MAX_OPEN or held.process != os.getpid():
-            held = _Descriptors()  # after a fork: the parent owns the others, a thread that is gone may hold their lock
-            if len(self._paths) <= _MAX_OPEN:
-                self._held = held
-        if not numbers <= held.by_number.keys():
-            with held.lock:
-                for number in numbers - held.by_number.keys():
-                    held.by_number[number] = self._open_one(number)
-        yield held.by_number
+        """Descriptors of these files, open for as long as this is."""
+        with self._guard():  # what is kept first, before the others push it out
+            files = {number: file for number in numbers if (file := self._held.get(number)) is not None}
+        for number in numbers - files.keys():
+            files[number] = self._file(number)
+        yield {number: file.descriptor for number, file in files.items()}
 
-    def _open_one(self, number: int) -> int:
-        descriptor = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
-        found = os.fstat(descriptor).st_size
-        if found != self._sizes[number]:
-            os.close(descriptor)
-            raise OSError(f"the file was replaced or cut: it has {found} bytes, manifest says {self._sizes[number]}")
-        return descriptor
-
-
-class _Descriptors:
-    """Of one process; closed when nobody reads with them any more."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.lock = threading.Lock()
-        self.by_number: dict[int, int] = {}
-
-    def close(self) -> None:
-        if self.process == os.getpid():  # the parent's numbers are not ours to close
-            with self.lock:
-                for descriptor in self.by_number.values():
-                    os.close(descriptor)
-                self.by_number.clear()
-
-    def __del__(self) -> None:
-        self.close()
+    def _file(self, number: int) -> OpenFile:
+        with self._guard():
+            file = self._held.get(number)
+            if file is None:
+                file = OpenFile(self._paths[number])
+                found = os.fstat(file.descriptor).st_size
+                if found != self._sizes[number]:
+                    raise OSError(
+                        f"the file was replaced or cut: it has {found} bytes, manifest says {self._sizes[number]}"
+                    )
+                self._held.put(number, file)
+        return file
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,26 +14,17 @@ import numpy as np
 
 from distkd.base import UNLABELLED
 from distkd.data.codec import DecodeError, Encoded, decode, encode
+from distkd.data.consistency import check_consistency
 from distkd.data.containers import Container, TarContainer, ZarrContainer, count_samples
+from distkd.data.disk import UnwrittenError, told
 from distkd.data.journal import Block, Journal, Row
-from distkd.data.manifest import (
-    Description,
-    Fold,
-    Manifest,
-    Modality,
-    Samples,
-    Shard,
-    Space,
-    check_consistency,
-    check_modality,
-    write_manifest,
-)
+from distkd.data.manifest import MANIFEST, Description, Fold, Manifest, Samples, Shard, Space, check_modality
+from distkd.data.manifest_file import write_manifest
 from distkd.data.progress import track
+from distkd.data.sample_values import check_key, check_member, checked, n_bytes
 from distkd.errors import DataError
 
 __all__ = ["Encoded", "Sample", "ShardWriter", "SkipSample", "Skipped"]
-
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 @dataclass(frozen=True)
@@ -88,10 +77,12 @@ class ShardWriter:
 
     In tars each sample is `<key>.json` (label, patient, group: what other WebDataset readers need) and
     `<key>.<modality>.<ext>` per modality that it has. What `add_all` finished before the process died, or before an
-    error, is found again by the same build: same description, same `options`.
+    error, is found again by the same build: same description, same `options`. The raw files of samples that are
+    finished are not opened again, so that a change of them stays unseen.
 
     Args:
-        options: what the bytes depend on beside the description and the raw data, such as the recipe's options.
+        options: what the samples depend on beside the description and their own raw files: the recipe's options, the
+            seed, `tables_digest` of the tables.
 
     Raises:
         DataError: the folder exists or cannot be made, or another process builds it.
@@ -120,10 +111,8 @@ class ShardWriter:
         self._resumable = False
 
     def __enter__(self) -> Self:
-        if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-            raise DataError(f"output {str(self.out)!r} exists already; remove it or name another folder with --out")
         try:
-            self._journal = Journal(self.out.with_name(f".{self.out.name}.partial"), self._fingerprint)
+            self._journal = Journal(self.out, self._fingerprint)
         except OSError as error:
             raise DataError(
                 f"cannot make the output folder beside {str(self.out)!r}: {error}; choose another --out"
@@ -136,7 +125,11 @@ class ShardWriter:
         self._found = len(self._order)
         self._recorded = (len(self._rows), len(self._left_out), len(self._order))
         self._seen.update(row.key for row in self._rows)
-        self._container = self._open_container()
+        try:
+            self._container = self._open_container()
+        except BaseException as error:
+            self._leave(error)
+            raise
         return self
 
     def _open_container(self) -> Container:
@@ -224,16 +217,25 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        finished = False
         try:
             if error is None:
                 self._finish()
-                finished = True
+        except BaseException as own:
+            error = own
+            raise
         finally:
-            self._container.drop()
-            self._journal.close()
-            if not finished and not (self._resumable and self._recorded[0]):
-                shutil.rmtree(self._journal.folder, ignore_errors=True)
+            if error is not None:
+                self._container.drop()
+                self._leave(error)
+
+    def _leave(self, error: BaseException) -> None:
+        """Without a set; what a later build can go on with stays."""
+        kept = self._recorded[0] > 0 and (self._resumable or bool(self._journal.blocks))
+        if isinstance(error, UnwrittenError):
+            error.kept = kept
+        if not kept:
+            self._journal.remove()
+        self._journal.close()
 
     def _was_found(self, key: str) -> bool:
         """Whether the next item is one of those that an earlier build finished."""
@@ -258,8 +260,7 @@ class ShardWriter:
         self._put(item[0], item[1].result())
 
     def _prepare(self, key: str, sample: Sample) -> _Ready:
-        if not _KEY.fullmatch(key):
-            raise DataError(f"sample key {key!r} is not usable; expected 1 to 80 letters, digits, '-' or '_'")
+        check_key(key)
         n_classes = len(self._description.class_names)
         if sample.label is not None and sample.label != UNLABELLED and not 0 <= sample.label < n_classes:
             raise DataError(
@@ -272,13 +273,15 @@ class ShardWriter:
 
     def _value(self, key: str, name: str, array: np.ndarray | Encoded, space: Space | None) -> bytes | np.ndarray:
         modality = check_modality(self._description, name)
+        if self._description.container == "wds":
+            check_member(key, name, modality)
         if isinstance(array, Encoded):
             try:
                 decode(array.data, modality)
             except DecodeError as error:
                 raise DataError(f"{name!r} of sample {key!r} {error}; mend the raw file or leave it out") from error
             return array.data
-        array = _checked(array, modality, name, key, space)
+        array = checked(array, modality, name, key, space)
         return array if modality.codec == "zarr" else encode(array, modality)
 
     def _put(self, key: str, ready: _Ready) -> None:
@@ -289,7 +292,7 @@ class ShardWriter:
             self._order.append(key)
             return
         sample = ready.sample
-        self._record(self._container.make_room(sum(_n_bytes(value) for value in ready.values.values())))
+        self._record(self._container.make_room(sum(n_bytes(value) for value in ready.values.values())))
         label = UNLABELLED if sample.label is None else int(sample.label)
         about = {"group": sample.group, "label": label, "patient": sample.patient}
         placed = self._container.put(key, about, ready.values)
@@ -352,14 +355,9 @@ class ShardWriter:
             split_seed=seed,
         )
         check_consistency(manifest, f"the new shard set {str(self.out)!r}")
-        write_manifest(manifest, self._journal.folder)
-        self._journal.remove()
-        try:
-            self._journal.folder.rename(self.out)
-        except OSError as error:
-            raise DataError(
-                f"cannot move the finished shards to {str(self.out)!r}: {error}; choose another --out"
-            ) from error
+        with told(MANIFEST, self._journal.folder):
+            write_manifest(manifest, self._journal.folder)
+        self._journal.publish()
         self.manifest = manifest
 
     def _columns(self) -> Samples:
@@ -377,38 +375,3 @@ class ShardWriter:
             file={} if tars else {name: [row.file[name] for row in rows] for name in names},
             space=[row.space for row in rows] if volumes else [],
         )
-
-
-def _n_bytes(value: bytes | np.ndarray) -> int:
-    return value.nbytes if isinstance(value, np.ndarray) else len(value)
-
-
-def _checked(array: np.ndarray, modality: Modality, name: str, key: str, space: Space | None) -> np.ndarray:
-    shape = modality.shape
-    if modality.kind == "volume":
-        if space is None:
-            raise DataError(f"sample {key!r} has volume {name!r} without its space; say shape, affine and spacing")
-        shape = (modality.shape[0], *space.shape)
-        if any(own > most for own, most in zip(shape, modality.shape, strict=True)):
-            raise DataError(f"{name!r} of sample {key!r} has shape {shape}, larger than the set's {modality.shape}")
-    if array.shape != shape:
-        raise DataError(f"{name!r} of sample {key!r} has shape {array.shape}, expected {shape}")
-    if not np.can_cast(array.dtype, modality.dtype, "same_kind"):
-        raise DataError(f"{name!r} of sample {key!r} is {array.dtype}, which does not fit {modality.dtype}")
-    # an overflow in the cast becomes an infinity and is refused as one
-    with np.errstate(over="ignore"):
-        array = array.astype(modality.dtype, copy=False)
-    if array.dtype.kind == "f":
-        infinite = np.flatnonzero(np.isinf(array))
-        if len(infinite):
-            first = int(infinite[0])
-            column = modality.features[first] if modality.features else str(first)
-            raise DataError(
-                f"{name!r} of sample {key!r} is infinite in column {column} ({len(infinite)} such values); "
-                "mend the raw file, or leave the value blank if it is missing"
-            )
-        if modality.kind != "vector" and np.isnan(array).any():
-            raise DataError(
-                f"{name!r} of sample {key!r} holds NaN, which only a vector may (missing values); mend the raw file"
-            )
-    return array

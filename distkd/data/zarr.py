@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from google_crc32c import value as crc32c_of  # pyright: ignore[reportUnknownVariableType]
 
+from distkd.data.descriptors import OpenFile, Recent
 from distkd.data.manifest import Modality
 from distkd.data.zarr_layout import (
     CRC_BYTES,
@@ -118,9 +118,10 @@ class ZarrArrays:
         """Of chunks and blocks as they are stored, since the set was opened in this process; without indexes."""
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._files: _Recent[_File] = _Recent(_MAX_OPEN)
+        self._files: Recent[tuple[str, int], _File] = Recent(_MAX_OPEN)
         largest = max((v.index_bytes for v in self._layouts.values() if isinstance(v, VolumeLayout)), default=1)
-        self._indexes: _Recent[np.ndarray] = _Recent(max(_MAX_OPEN, _INDEX_BYTES // (largest + _OBJECT_BYTES)))
+        n_indexes = max(_MAX_OPEN, _INDEX_BYTES // (largest + _OBJECT_BYTES))
+        self._indexes: Recent[tuple[str, int], np.ndarray] = Recent(n_indexes)
 
     def _guard(self) -> threading.Lock:
         if self._process != os.getpid():
@@ -172,21 +173,16 @@ class ZarrArrays:
         return out
 
 
-class _File:
-    """One sample's open file and where its chunks lie; closed when nobody holds it any more."""
+class _File(OpenFile):
+    """One sample's open file and where its chunks lie."""
 
     def __init__(self, folder: Path, file: str, layout: VolumeLayout, index: np.ndarray | None):
-        self.descriptor = -1
         self.where = f"'{folder.name}/{file}'"
         try:
-            self.descriptor = os.open(folder / file, os.O_RDONLY | os.O_CLOEXEC)
+            super().__init__(folder / file)
             self.index = self._read_index(layout) if index is None else index
         except OSError as error:
             raise DataError(f"cannot read {self.where}: {error.strerror or error}; {REBUILD}") from error
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
     def _read_index(self, layout: VolumeLayout) -> np.ndarray:
         """(chunks, 2) int64: offset and bytes as stored; 0 bytes where a chunk is zeros and not stored."""
@@ -298,32 +294,6 @@ class _Fetch:
 
     def _chunk(self, piece: Piece) -> str:
         return f"chunk {self.layout.chunk_name(piece.chunk)} of {self.file.where}"
-
-
-T = TypeVar("T")
-
-
-class _Recent(Generic[T]):
-    """The values used last; the caller holds a lock."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._values: OrderedDict[tuple[str, int], T] = OrderedDict()
-
-    def get(self, key: tuple[str, int]) -> T | None:
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
-
-    def put(self, key: tuple[str, int], value: T) -> None:
-        self._values[key] = value
-        self._values.move_to_end(key)
-        while len(self._values) > self._limit:
-            self._values.popitem(last=False)
-
-    def clear(self) -> None:
-        self._values.clear()
 
 
 _buffers = threading.local()

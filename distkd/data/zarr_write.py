@@ -6,15 +6,15 @@ on in the folder that a killed one has left.
 
 from __future__ import annotations
 
-import errno
 import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distkd.data.disk import told
 from distkd.data.manifest import Modality
 from distkd.data.zarr_layout import CRC_BYTES, METADATA, BlockLayout, VolumeLayout, check_modality_layout
 from distkd.errors import DataError
@@ -51,14 +51,14 @@ class ZarrWriter:
         _check_array(name, number, array, layout)
         if isinstance(layout, BlockLayout):
             path = self.vector_file(name, number)
-            with _told(path, self.folder):
+            with self._told(path):
                 self._write_row(name, layout, number, array)
             return path
         path = self.folder / layout.file(name, number)
         if name not in self._encoders:
             self._encoders[name] = _Encoder(layout)
         data = self._encoders[name].encode(array)
-        with _told(path, self.folder):
+        with self._told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 path.write_bytes(data)
@@ -68,17 +68,20 @@ class ZarrWriter:
         return path
 
     def drop_from(self, number: int) -> None:
-        """Remove what an earlier process left of that sample and of later ones."""
+        """Remove what an earlier process left of that sample and of later ones, and of metadata half written."""
+        for path in (*self.folder.glob(f".{METADATA}.*"), *self.folder.glob(f"*/.{METADATA}.*")):
+            with self._told(path):
+                path.unlink()
         for name, layout in self._layouts.items():
             rows = layout.rows if isinstance(layout, BlockLayout) else 1
             for path in (self.folder / name / "c").glob("[0-9]*"):
                 if path.name.isdecimal() and int(path.name) * rows >= number:
-                    with _told(path, self.folder):
+                    with self._told(path):
                         shutil.rmtree(path)
             self._blocks.pop(name, None)
             if isinstance(layout, BlockLayout) and number % rows and self.vector_file(name, number).exists():
                 path = self.vector_file(name, number)
-                with _told(path, self.folder):
+                with self._told(path):
                     block = _Block(path, number // rows, layout)
                     block.cut(number % rows)
                 self._blocks[name] = block
@@ -94,7 +97,7 @@ class ZarrWriter:
         paths: list[Path] = []
         for name, text in texts.items():
             path = self.folder / name / METADATA
-            with _told(path, self.folder):
+            with self._told(path):
                 write_text(path, text)
             paths.append(path)
         return paths
@@ -104,6 +107,9 @@ class ZarrWriter:
         layout = self._layouts[name]
         assert isinstance(layout, BlockLayout), name
         return self.folder / layout.file(name, number)
+
+    def _told(self, path: Path) -> AbstractContextManager[None]:
+        return told(path.relative_to(self.folder.parent).as_posix(), self.folder.parent)
 
     def _write_row(self, name: str, layout: BlockLayout, number: int, array: np.ndarray) -> None:
         block = self._blocks.get(name)
@@ -242,17 +248,3 @@ def _check_array(name: str, number: int, array: np.ndarray, layout: VolumeLayout
             f"{name!r} of sample {number} is {array.dtype} of shape {array.shape}, expected {layout.dtype} of "
             f"{largest}{beyond}; mend the recipe or its modalities"
         )
-
-
-@contextmanager
-def _told(path: Path, folder: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        file = path.relative_to(folder.parent).as_posix()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        next_step = "free some space" if full else "mend that"
-        raise DataError(
-            f"cannot write {file!r} in {str(folder.parent)!r}: {error.strerror or error}; {next_step} and start the "
-            "same command again, which goes on behind what is finished"
-        ) from error

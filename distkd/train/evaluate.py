@@ -67,7 +67,7 @@ def evaluate(
         modules: what must be in eval mode meanwhile.
 
     Raises:
-        DataError: the split is empty.
+        DataError: the split is empty, none of it can be read, or too many samples cannot be read; on all ranks.
         NonFiniteError: a prediction is NaN or infinite; on all ranks.
 
     Collectives: one gather of objects and one broadcast; ranks may have different numbers of batches.
@@ -83,10 +83,14 @@ def evaluate(
         samples.append(batch.sample_B.numpy())
         log_probability.append(logits_BC.double().log_softmax(dim=-1).cpu().numpy())
     modules.train(was_training)
-    parts = gather_objects((samples, log_probability), world)
+    parts = gather_objects((samples, log_probability, dataset.unreadable.untold()), world)
+    dataset.unreadable.tell(untold for *_, untold in parts)
     report: dict[str, ClassificationReport] = {}
     predictions: Predictions | None = None
     failure: DistkdError | None = None
+    n = len(dataset.split_samples(split))
+    if not any(part[0] for part in parts):
+        raise DataError(f"none of the {n} samples of split {split!r} can be read; run `distkd shards verify`")
     if world.is_main:
         sample_N = np.concatenate([array for part in parts for array in part[0]])
         log_NC = np.concatenate([array for part in parts for array in part[1]])
@@ -97,7 +101,6 @@ def evaluate(
                 report[level] = classification_metrics(items.probability_NC, items.label_N, dataset.class_names)
         except DistkdError as error:
             failure = error  # for all ranks: they wait in the broadcast
-        n = len(dataset.split_samples(split))
         if len(sample_N) < n:
             for level_report in report.values():
                 level_report.notes.append(f"{n - len(sample_N)} of {n} samples cannot be read and are left out")

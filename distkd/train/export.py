@@ -14,7 +14,7 @@ from torch import Tensor
 from distkd.base import InputSpec
 from distkd.data.dataset import Dataset
 from distkd.data.transform import Preprocess
-from distkd.errors import CheckpointError, ConfigError
+from distkd.errors import CheckpointError, ConfigError, DiskError
 from distkd.files import atomic_folder, digest, read_json, write_json
 from distkd.models.build import Classifier, ModelConfig, build
 
@@ -76,7 +76,12 @@ def write_export(
 ) -> None:
     """Replace an export folder; `about` is what else the model card says (method, step, fold, metrics)."""
     with atomic_folder(folder) as aside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+        except SafetensorError as error:
+            raise DiskError(
+                f"cannot write {folder}: {error}; make room, then start again, which makes the export alone"
+            ) from error
         specs = {name: dataset.input_specs[name] for name in config.modalities}
         card = {
             "format": FORMAT,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from distkd.base import Forward, World
-from distkd.comm.world import broadcast_object
+from distkd.comm.world import broadcast_object, gather_objects
 from distkd.data.config import DataConfig
 from distkd.data.dataset import Dataset
 from distkd.data.make import make_shards
@@ -26,7 +26,7 @@ from distkd.data.remote.transport import is_url
 from distkd.data.shardset import ShardSet
 from distkd.data.stream_plan import StreamPlan
 from distkd.engines import Engine, make_engine
-from distkd.errors import ConfigError, DistkdError
+from distkd.errors import ConfigError, DataError, DistkdError
 from distkd.machine import memory_bytes
 from distkd.methods import Method, Setup, build
 from distkd.models.build import Classifier
@@ -57,6 +57,8 @@ class Job:
     teacher: Export | None
     split_digest: str
     """Of the training samples; hashed once, every checkpoint carries it."""
+    data_digest: str
+    """Of the manifest; so does it."""
     undo: Undo | None = None
     """Where the engine may leave an update out."""
     before_update: Callable[[], None] = lambda: None
@@ -186,7 +188,7 @@ def assemble(settings: Settings, world: World) -> Job:
     Raises:
         DistkdError: whatever is wrong with config, data or teacher, before any step is taken.
 
-    Collectives: one broadcast, in which the other ranks wait while rank 0 makes missing shards.
+    Collectives: one broadcast, in which the other ranks wait while rank 0 makes missing shards, and one gather.
     """
     device = device_of(settings, world)
     passes = settings.batch.passes(world)
@@ -198,7 +200,7 @@ def assemble(settings: Settings, world: World) -> Job:
         _check_teacher_task(teacher, shards)
         modalities += [name for name in teacher.config.modalities if name not in modalities]
     dataset = _dataset(settings, shards, modalities)
-    trained_on = split_digest(dataset)
+    trained_on, data_digest = split_digest(dataset), _same_data(dataset, world)
     if teacher is not None:
         _check_teacher_data(teacher, dataset, trained_on)
     plan = _plan(settings, dataset)
@@ -223,8 +225,33 @@ def assemble(settings: Settings, world: World) -> Job:
     forward = engine.wrap(method.trainable, method.groups(), outside=method.outside)
     undo = Undo(method.trainable, method.state) if skip or settings.engine.precision == "fp16" else None
     return Job(
-        settings, world, device, dtype, dataset, plan, passes, method, engine, forward, teacher, trained_on, undo
+        settings=settings,
+        world=world,
+        device=device,
+        dtype=dtype,
+        dataset=dataset,
+        plan=plan,
+        passes=passes,
+        method=method,
+        engine=engine,
+        forward=forward,
+        teacher=teacher,
+        split_digest=trained_on,
+        data_digest=data_digest,
+        undo=undo,
     )
+
+
+def _same_data(dataset: Dataset, world: World) -> str:
+    """The digest of the shard set, which must be one set on all nodes. One gather."""
+    digests = gather_objects(dataset.digest, world)
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise DataError(
+            f"rank {other} reads another shard set in {dataset.shard_set.place!r} than rank 0: the manifests differ; "
+            "copy one set to all nodes"
+        )
+    return digests[0]
 
 
 def _plan(settings: Settings, dataset: Dataset) -> Plan | StreamPlan:

@@ -217,6 +217,8 @@ def save(run: Run) -> None:
         "world_size": job.world.size,
         "samples_per_pass": samples_per_pass(job),
         "split_digest": job.split_digest,
+        "data_digest": job.data_digest,
+        "unreadable": sorted(job.dataset.unreadable.everywhere),
         "teacher": None if job.teacher is None else job.teacher.card["sha256"],
         "skipped": run.skipped,
         "owes_validation": run.owes_validation,
@@ -251,7 +253,7 @@ def _finish(run: Run) -> None:
         "select_metric": settings.eval.metric if selected == "best" else None,
     }
     if job.world.is_main:
-        trained_on = {"split_digest": job.split_digest, "shards": str(job.dataset.folder)}
+        trained_on = {"split_digest": job.split_digest, "shards": job.dataset.shard_set.place}
         write_export(
             run.folder / "export",
             job.method.student.state_dict(),

@@ -18,12 +18,14 @@ _QUIET_S = 10.0
 class Progress:
     """Position, loss and last validation of one run."""
 
-    def __init__(self, name: str, total: int, done: int):
+    def __init__(self, name: str, total: int, done: int, plan: str = ""):
         self.name, self.total, self.done = name, total, done
         self.loss = self.validation = ""
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.spoken = time.monotonic()
         self.bar: Bar | None = None
+        if plan:
+            self._say(plan)
         if done:
             self._say(f"resumed after step {done} of {total}")
         if self.console.is_terminal:

@@ -67,6 +67,7 @@ class Run:
             self.step = meta["step"]
             self.skipped, self.owes_validation = meta.get("skipped", 0), meta.get("owes_validation", False)
             self.carried = meta.get("carried", [])
+            job.dataset.unreadable.everywhere.update(meta.get("unreadable", []))
         failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
         if failure is not None:
             raise failure
@@ -75,7 +76,7 @@ class Run:
         if job.world.is_main:
             self.writer = MetricsWriter(self.folder / "metrics.jsonl")
             self.writer.truncate_after(self.step)
-            self.progress = Progress(settings.run.name, job.plan.n_steps, self.step)
+            self.progress = Progress(settings.run.name, job.plan.n_steps, self.step, _plan_in_words(job))
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
 
     def _make_saver(self) -> Saver:
@@ -124,6 +125,11 @@ class Run:
             raise ConfigError(
                 f"checkpoint {found.name} was trained on other samples than {job.dataset.folder} holds now; "
                 "use another --run.name"
+            )
+        if meta.get("data_digest", job.data_digest) != job.data_digest:  # older checkpoints have none
+            raise ConfigError(
+                f"checkpoint {found.name} was trained on another shard set than {job.dataset.shard_set.place} is now: "
+                "labels, order or values may differ; put that one back, or use another --run.name"
             )
         if meta["teacher"] != (None if job.teacher is None else job.teacher.card["sha256"]):
             raise ConfigError(
@@ -183,6 +189,17 @@ def met_alone(error: BaseException, folder: Path) -> BaseException:
     if isinstance(error, DataError):
         error.local = True  # a sample that only this rank reads
     return error
+
+
+def _plan_in_words(job: Job) -> str:
+    """What is about to happen; a global batch that is too large for the data shows here."""
+    plan = job.plan
+    rest = plan.n_samples - plan.steps_per_epoch * plan.global_batch
+    left = f", {rest} left out in each epoch" if rest and job.settings.data.balance == "none" else ""
+    return (
+        f"{plan.n_samples} training samples, {plan.steps_per_epoch} steps of {plan.global_batch} an epoch{left}; "
+        f"{job.settings.run.epochs} epochs, {job.world.size} x {job.device.type}"
+    )
 
 
 def samples_per_pass(job: Job) -> int:

@@ -80,22 +80,27 @@ class Tally:
         return None
 
     def read(self, stop_flag: StopFlag) -> Reading:
-        """Means since the last reading. One all-reduce and one host sync.
+        """Means since the last reading. One all-reduce and one host sync; a gather where samples cannot be read.
 
         Raises:
             NonFiniteError: on all ranks, where a step was not finite.
+            DataError: on all ranks, where too many samples cannot be read.
         """
         timings = self.watch.read()
         busy_s = sum(timings.get(phase, 0.0) for phase in _OWN_WORK)
         now = time.perf_counter()
         asked = int(stop_flag.received is not None)
-        own = (busy_s, now - self._since, float(self.job.dataset.unreadable.replaced))
+        unreadable = self.job.dataset.unreadable
+        untold = unreadable.untold()
+        own = (busy_s, now - self._since, float(unreadable.replaced), float(len(untold)))
         reduced = self._meter.reduce(self.job.world, flag=asked, own=own)
         self.guard.check(reduced.means.get("loss", 0.0))
-        self._pacing.learn(max(wall_s for _, wall_s, _ in reduced.by_rank) / max(1, self._steps))
+        self._pacing.learn(max(wall_s for _, wall_s, *_ in reduced.by_rank) / max(1, self._steps))
         self._steps, self._since = 0, now
-        straggler = _straggler([busy_s for busy_s, _, _ in reduced.by_rank])
-        replaced = int(sum(replaced for _, _, replaced in reduced.by_rank))
+        straggler = _straggler([busy_s for busy_s, *_ in reduced.by_rank])
+        replaced = int(sum(replaced for _, _, replaced, _ in reduced.by_rank))
+        if any(n_untold for *_, n_untold in reduced.by_rank):  # known to all ranks, so all go this way
+            unreadable.tell(gather_objects(untold, self.job.world))
         return Reading(reduced.means, timings | straggler, reduced.flags > 0, replaced)
 
     def carry(self) -> list[list[dict[str, float]]]:

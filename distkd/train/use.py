@@ -103,7 +103,9 @@ def predict_files(source: Path, inputs: Sequence[Path], output: Path) -> Path:
             try:
                 made = {name: torch.as_tensor(array)[None] for name, array in preprocess.apply(values).items()}
             except DataError as error:
-                raise DataError(f"{path}, item {key!r}: {error}") from error
+                raise DataError(
+                    f"{path}, item {key!r}: {error}; prepare it as the items of the shard set were"
+                ) from error
             log_p = model(_batch_of_one(made, export)).logits_BC.double().log_softmax(dim=-1)
             origin[key] = path
             rows.append(log_p.exp().numpy()[0])
@@ -138,8 +140,11 @@ def _items(path: Path, export: Export) -> Iterator[tuple[str, dict[str, np.ndarr
     modalities = list(export.config.modalities)
     if (path / MANIFEST).is_file():
         shards = ShardSet(path)
+        stored = set(shards.manifest.modalities)
+        # a coarse copy is made of the sharp image, unless the set has it as it was scanned
+        names = [name if name in stored else export.preprocess.source(name) for name in modalities]
         for sample, key in enumerate(shards.manifest.samples.key):
-            yield key, shards.read(sample, modalities)
+            yield key, shards.read(sample, dict.fromkeys(names))
         return
     if not path.is_file():
         raise DataError(f"input {path} is neither a file nor a shard set; give {_accepted(export)}")
@@ -167,13 +172,21 @@ def _accepted(export: Export) -> str:
 
 
 def _read_image(path: Path, spec: InputSpec) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    """Upright, as the recipes store it."""
+    from PIL import Image, ImageOps
+
+    from distkd.data.codec import IMAGE_FAULTS
 
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if spec.shape[0] == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"image {path} cannot be read: {error}") from error
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"image {path} has pixels of mode {image.mode}, expected 8 bits a channel; convert it as the "
+                    "images that the student was trained on"
+                )
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("L" if spec.shape[0] == 1 else "RGB"))
+    except IMAGE_FAULTS as error:
+        raise DataError(f"image {path} cannot be read: {error}; copy it again") from error
     return pixels
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distkd.data.consistency import check_patient_law
 from distkd.data.manifest import Fold
 from distkd.data.shardset import ShardSet
 from distkd.data.splits import (
     check_classes,
-    check_patient_law,
     hold_out,
     label_of_patient,
     patient_folds,
@@ -74,6 +74,20 @@ def test_no_validation_part_when_its_share_is_zero():
 def test_too_few_patients_of_a_class_are_refused():
     with pytest.raises(DataError, match=r"class 1 has 2 patients, 3 folds .* at least 3 .*use fewer folds or merge"):
         patient_folds(*people([9, 2]), n_folds=3, val_share=0.2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_folds", "words"),
+    [
+        ([1], 5, "^1 patient; 5 folds with train, val and test need at least 5; add patients$"),
+        ([4], 5, "^4 patients; 5 folds with train, val and test need at least 5; add patients or use fewer folds$"),
+        ([9, 1], 3, "^class 1 has 1 patient, 3 folds "),
+        ([9, 9], 1, "^1 fold, expected at least 2"),
+    ],
+)
+def test_too_few_patients_are_told_in_words_that_fit(counts: list[int], n_folds: int, words: str):
+    with pytest.raises(DataError, match=words):
+        patient_folds(*people(counts), n_folds=n_folds, val_share=0.2, seed=0)
 
 
 def test_a_patient_counts_with_its_most_frequent_label():

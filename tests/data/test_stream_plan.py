@@ -145,6 +145,41 @@ def test_shards_ahead_are_those_that_come_next(plan: StreamPlan, where: float, n
         assert coming[0] <= set(plan.shards_ahead(step, world, len(plan.count_S)))
 
 
+def in_order_of_first_use(plan: StreamPlan, step: int, world: World) -> list[int]:
+    """Of the window that a step lies in, place after place, lanes in turn."""
+    of_lane, shards = plan.global_batch // plan.lanes, list[int]()
+    epoch, inside = divmod(step, plan.steps_per_epoch)
+    length = plan.steps_per_epoch * of_lane
+    size = math.ceil(length / math.ceil(length / plan.buffer))
+    last = min((inside * of_lane // size + 1) * size, length)
+    for later in range(inside, math.ceil(last / of_lane)):
+        shard = plan.local_places(epoch * plan.steps_per_epoch + later, 0, 1, world)[0].reshape(-1, of_lane)
+        shards += shard[:, : last - later * of_lane].T.ravel().tolist()
+    return list(dict.fromkeys(shards))
+
+
+@settings(max_examples=50)
+@given(plan=plans(), draws=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 7)), min_size=1, max_size=6))
+def test_shards_of_the_current_window_come_in_the_order_of_their_next_use(
+    plan: StreamPlan, draws: list[tuple[float, int]]
+):
+    sizes = divisors(plan.lanes)
+    for where, pick in draws:  # in any order, on any rank
+        step, size = int(where * plan.n_steps), sizes[pick % len(sizes)]
+        world = World(pick % size, size)
+        expected = in_order_of_first_use(plan, step, world)
+        assert plan.shards_ahead(step, world, len(expected)) == expected
+
+
+def test_a_window_is_made_once_for_all_looks_at_it(monkeypatch: pytest.MonkeyPatch):
+    plan, made = StreamPlan([50] * 40, 8, seed=1, epochs=2, lanes=2, buffer=100), list[int]()
+    real = plan._at
+    monkeypatch.setattr(plan, "_at", lambda epoch, lane, place: made.append(len(place)) or real(epoch, lane, place))
+    for step in range(0, 50, 5):
+        plan.shards_ahead(step, World(), 5)
+    assert made == [200, 200]  # two windows of 100 samples in two lanes
+
+
 def test_shards_ahead_name_what_a_step_reads_first():
     plan = StreamPlan([50] * 40, 8, seed=1, epochs=2, lanes=2, buffer=100)
     world = World(1, 2)

@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 
 from distkd.base import InputSpec
 from distkd.data.augment import AugmentConfig
+from distkd.data.fitted import infinite_rows
 from distkd.data.manifest import Modality
-from distkd.data.transform import ImageInput, Preprocess, VectorInput, fit_image, fit_vector
+from distkd.data.transform import ImageInput, InfiniteRowsError, Preprocess, VectorInput, fit_image, fit_vector
 from distkd.errors import CheckpointError, ConfigError, DataError
 
 NAN = float("nan")
@@ -146,6 +147,27 @@ def test_a_view_with_a_key_is_augmented_and_reproducible():
 def test_input_that_does_not_fit_is_refused(name: str, values: np.ndarray, words: str):
     with pytest.raises(DataError, match=words):
         preprocess().apply({name: values})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_with_infinite_values_are_told_and_nothing_is_warned_of(dtype: type):
+    vectors = np.array([[1, 2, 3], [4, -np.inf, 6], [7, NAN, 9], [np.inf, np.inf, 0]], dtype=dtype)
+    for call in (lambda: fit_vector(vectors), lambda: preprocess().vectors("gene", vectors)):
+        with pytest.raises(InfiniteRowsError, match="infinite values; leave a value out") as caught:
+            call()
+        assert caught.value.row_R.tolist() == [1, 3]
+    assert infinite_rows(vectors).tolist() == [1, 3]
+    assert infinite_rows(vectors[::2]).tolist() == []
+    assert infinite_rows(np.full((2, 2), 2**31 - 1)).tolist() == []
+
+
+def test_values_that_standardising_makes_infinite_are_told():
+    vectors = np.array([[1, 2, 3], [4, 5, 1e39], [-1.7e308, 1, 1]])
+    with pytest.raises(InfiniteRowsError, match=r"^'gene' holds infinite values") as caught:
+        preprocess().vectors("gene", vectors)
+    assert caught.value.row_R.tolist() == [1, 2]
+    with pytest.raises(InfiniteRowsError, match=r"^2 of 3 vectors hold infinite values"):
+        fit_vector(vectors)
 
 
 def test_settings_that_do_not_fit_the_image_are_refused():

@@ -96,7 +96,7 @@ def test_what_is_replaced_is_counted_and_told_once(folder: Path, caplog: pytest.
     met = sum(batch.count(int(data.split_samples("train")[0])) for batch in sequence(dataset(folder)))
     damage(folder, key)
     sequence(data)
-    assert (data.unreadable.replaced, data.unreadable.left_out, len(data.unreadable)) == (met, 0, 1)
+    assert (data.unreadable.replaced, len(data.unreadable)) == (met, 1)
     news = data.unreadable.news()
     assert [data.describe(sample)["key"] for sample, _ in news] == [key]
     assert data.unreadable.news() == []
@@ -122,7 +122,7 @@ def test_evaluation_leaves_it_out(folder: Path, size: int):
     ]
     seen = torch.cat(ranks).tolist()
     assert sorted(seen) == [s for s in data.split_samples("test").tolist() if s != bad]
-    assert data.unreadable.left_out == 1
+    assert data.unreadable.untold() == [bad]
 
 
 def test_a_vector_that_cannot_be_read_does_not_count_in_the_statistics(folder: Path):
@@ -136,10 +136,51 @@ def test_a_vector_that_cannot_be_read_does_not_count_in_the_statistics(folder: P
     assert found.mean[0] == pytest.approx(column.mean())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_too_many_stop_the_run(folder: Path):
+def test_too_many_stop_the_run_when_the_ranks_have_told_each_other(folder: Path):
     data = dataset(folder, on_error="skip", max_skipped=0.05)
     for place in (0, 1, 2):
         damage(folder, key_of(data, place))
-    words = r"3 samples cannot be read, data\.max_skipped=0\.05 of 48 allows 2; the last: 'slide' of sample"
+    sequence(data)
+    first, *others = data.unreadable.untold()
+    data.unreadable.tell([[first], [first]])
+    assert data.unreadable.untold() == others
+    words = (
+        r"3 samples cannot be read, data\.max_skipped=0\.05 of 48 allows 2; mend the shards, or set it to 0\.069; the"
+    )
     with pytest.raises(DataError, match=words):
+        data.unreadable.tell([[], others])
+
+
+def test_one_sample_may_always_be_skipped(folder: Path):
+    data = dataset(folder, on_error="skip", max_skipped=0.0)
+    damage(folder, key_of(data, 0))
+    sequence(data)
+    data.unreadable.tell([data.unreadable.untold()])
+
+
+def test_a_split_of_which_nothing_can_be_read_ends_in_words(folder: Path):
+    data = dataset(folder, on_error="skip", max_skipped=0.9)
+    for sample in data.split_samples("train"):
+        damage(folder, data.describe(int(sample))["key"])
+    with pytest.raises(DataError, match="no sample of the training split of fold 0 can be read in place of 's-0"):
         sequence(data)
+    for sample in data.split_samples("train"):
+        if data.shard_set.has("gene")[sample]:
+            damage(folder, data.describe(int(sample))["key"], "gene")
+    with pytest.raises(DataError, match="'gene' of no training sample of fold 0 can be read"):
+        dataset(folder, on_error="skip", max_skipped=0.9)
+
+
+def test_an_infinite_value_that_no_recipe_would_store_is_a_damaged_sample(folder: Path):
+    key = next(key for key in (key_of(dataset(folder), place) for place in range(9)) if int(key[2:]) % 3 != 2)
+    shard_set = ShardSet(folder)
+    sample = shard_set.manifest.samples.key.index(key)
+    place = shard_set.manifest.samples.bytes["gene"][sample]
+    assert place is not None
+    with (folder / shard_set.manifest.shards[shard_set.manifest.samples.shard[sample]].file).open("r+b") as file:
+        file.seek(place[0] + place[1] - 4)
+        file.write(np.float32(np.inf).tobytes())
+    with pytest.raises(SampleError, match=rf"'gene' of sample '{key}' in shard 'toy-00000.\.tar': .*infinite"):
+        dataset(folder, check="never")
+    data = dataset(folder, check="never", on_error="skip")
+    assert sample not in {s for batch in sequence(data) for s in batch}

@@ -18,6 +18,7 @@ from distkd.data.verify import Verified, verify
 from distkd.errors import DataError
 from distkd.files import digest
 from tests.data.test_shardset import damage, volumes
+from tests.data.toy_volumes import N_SAMPLES, write_volumes
 
 __all__ = ["volumes"]
 
@@ -227,6 +228,38 @@ def test_a_flipped_byte_of_vectors_or_metadata_names_the_file(volumes: Path):
     flip(volumes / "volumes.zarr" / "gene" / "c" / "0" / "0", 1)
     with pytest.raises(DataError, match=r"shard 'volumes\.zarr/gene/c/0/0' has SHA-256 .*'gene' of sample 'v0'"):
         ShardSet(volumes).verify()
+
+
+def test_a_block_of_vectors_is_read_once(volumes: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[tuple[int, str]] = []
+    real = ShardSet.read
+    monkeypatch.setattr(
+        ShardSet, "read", lambda self, sample, names: read.append((sample, *names)) or real(self, sample, names)
+    )
+    assert ShardSet(volumes).verify().values == 8
+    assert [sample for sample, name in read if name == "gene"] == [0]
+    assert sorted(sample for sample, name in read if name != "gene") == [0, 0, 1, 2, 2]
+    flip(volumes / "volumes.zarr" / "gene" / "c" / "0" / "0", 1)
+    with pytest.raises(DataError) as caught:
+        ShardSet(volumes).verify()
+    assert str(caught.value).count("'gene'") == 1
+
+
+@pytest.mark.parametrize(
+    "values, expected", [([0, 1, 7], r"\[0, 1, 7\] \(4 of 630 places"), (None, r"\[0, 1, 2\] \(4 of 630")]
+)
+def test_a_label_map_with_values_of_no_class_names_sample_and_value(
+    tmp_path: Path, values: list[int] | None, expected: str
+):
+    write_volumes(tmp_path / "set")
+    assert ShardSet(tmp_path / "set").verify().samples == N_SAMPLES
+    change_manifest(tmp_path / "set", lambda c: c["modalities"]["seg"].update(values=values))
+    with pytest.raises(
+        DataError,
+        match=r"'seg' of sample 'case-00' in shard 'volumes\.zarr/seg/c/0/0/0/0/0' holds 4 at \(0, 4, 4, 3\), expected "
+        rf"one of {expected}",
+    ):
+        ShardSet(tmp_path / "set").verify()
 
 
 def test_a_stray_file_of_a_zarr_set_is_found(volumes: Path):

@@ -16,7 +16,7 @@ from distkd.data.plan import Plan
 from distkd.data.shardset import ShardSet
 from distkd.data.volumes import normalise_crop, volume_statistics
 from distkd.errors import ConfigError, DataError, SampleError
-from tests.data.toy_volumes import LARGEST, N_SAMPLES, VALUES, open_volumes, toy_volume
+from tests.data.toy_volumes import LARGEST, N_SAMPLES, VALUES, open_volumes, toy_volume, write_volumes
 
 CUT = {"crop": (6, 4, 4)}
 VARIED = {
@@ -171,6 +171,35 @@ def test_a_flipped_byte_is_told_or_skipped(tmp_path: Path):
     found = [batch.sample_B.tolist() for (batch,) in batches(data)]
     assert 2 not in {sample for step in found for sample in step}
     assert data.unreadable.replaced == 2
+
+
+def test_a_damaged_chunk_is_replaced_alike_whoever_has_met_it(tmp_path: Path):
+    """Only crops that touch it cannot be read; what another rank, or an earlier step, has seen must not matter."""
+    write_volumes(tmp_path / "set", chunk=(1, 4, 4, 4))
+    shard_set = ShardSet(tmp_path / "set")
+    for sample in (1, 4, 6):
+        number = shard_set.manifest.samples.file["flair"][sample]
+        assert number is not None
+        path = shard_set.folder / shard_set.manifest.shards[number].file
+        content = bytearray(path.read_bytes())
+        content[40] ^= 4
+        path.write_bytes(content)
+
+    def samples(size: int, start: int = 0) -> list[list[int]]:
+        data = dataset(ShardSet(tmp_path / "set"), {"crop": (4, 4, 3)}, on_error="skip", max_skipped=0.5)
+        plan = Plan(len(data.train_label_N), 4, seed=3, epochs=12)
+        ranks = [list(train_batches(data_of(data), plan, World(rank, size), 1, start)) for rank in range(size)]
+        return [[int(s) for rank in ranks for s in rank[step][1][0].sample_B] for step in range(plan.n_steps - start)]
+
+    def data_of(data: Dataset) -> Dataset:
+        return Dataset(ShardSet(data.folder), data.config, data.modalities, data.seed)
+
+    whole = samples(1)
+    assert any(sample in (1, 4, 6) for step in whole for sample in step)
+    assert any(sorted(a + b) != list(range(8)) for a, b in zip(whole[::2], whole[1::2], strict=True))
+    for size in (2, 4):
+        assert samples(size) == whole
+    assert samples(1, start=9) == whole[9:]
 
 
 @pytest.mark.parametrize(

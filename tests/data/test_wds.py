@@ -9,9 +9,11 @@ import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from google_crc32c import value as crc32c
 
 from distkd.data import wds
 from distkd.data.wds import TarFault, TarFiles, leads_out, members
@@ -95,16 +97,76 @@ def test_a_file_of_another_size_is_not_read(tar: Path):
         files.read(0, 512, 100)
 
 
-def test_many_files_are_read_without_keeping_them_open(tar: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wds, "_MAX_OPEN", 0)
-    files = open_files(tar)
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    assert [files.read(0, m.offset, m.size) for m in members(tar)] == DATA
-    out = np.zeros((2, 90), dtype=np.uint8)
-    assert files.read_rows([0, 0], [512, 512], DATA[0][:10], list(out)) == []
-    assert bytes(out[1]) == DATA[0][10:]
-    assert files.n_open == 0
-    assert before == (len(os.listdir("/proc/self/fd")) if before else 0)
+@pytest.fixture
+def four(tmp_path: Path) -> tuple[TarFiles, list[bytes]]:
+    """Four tars with one row each, of which two may be open."""
+    rows = [bytes([65 + number]) * 90 for number in range(4)]
+    return open_files(*(write_tar(tmp_path / f"{n}.tar", [("m", b"HEAD" + row)]) for n, row in enumerate(rows))), rows
+
+
+@pytest.fixture
+def two_open(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are opened."""
+    opened: list[str] = []
+    real = os.open
+    monkeypatch.setattr(wds, "_MAX_OPEN", 2)
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(str(path)[-5:]) or real(path, *rest))
+    return opened
+
+
+def test_the_files_used_last_stay_open(two_open: list[str], four: tuple[TarFiles, list[bytes]]):
+    files, rows = four
+    two_open.clear()
+    for number in (0, 1, 0, 1, 2, 1, 0, 3):
+        assert files.read(number, 512 + 4, 90) == rows[number]
+    assert two_open == ["0.tar", "1.tar", "2.tar", "0.tar", "3.tar"]
+    assert files.n_open == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors cannot be counted")
+def test_rows_of_many_files_need_no_more_descriptors_than_are_kept(
+    two_open: list[str], four: tuple[TarFiles, list[bytes]], monkeypatch: pytest.MonkeyPatch
+):
+    files, rows = four
+    before, most, real = len(os.listdir("/proc/self/fd")), [0], os.preadv
+
+    def counted(*args: Any) -> int:
+        most[0] = max(most[0], len(os.listdir("/proc/self/fd")))
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    two_open.clear()
+    order = [3, 0, 2, 0, 1, 3, 3]
+    out = np.zeros((len(order), 90), dtype=np.uint8)
+    assert files.read_rows(order, [512] * 7, b"HEAD", list(out)) == []
+    assert [bytes(row) for row in out] == [rows[number] for number in order]
+    assert sorted(two_open) == ["0.tar", "1.tar", "2.tar", "3.tar"]  # each once
+    assert most[0] <= before + 4  # two that are kept, and two in use that push them out
+    sums = [crc32c(b"HEAD" + rows[number]) for number in order]
+    sums[5] ^= 1
+    assert files.read_rows(order, [512] * 6 + [511], b"HEAD", list(out), sums) == [5, 6]
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_pushed_out_stays_open_for_who_reads_it(two_open: list[str], four: tuple[TarFiles, list[bytes]]):
+    files, rows = four
+    with files._open({0}) as descriptors:
+        for number in (1, 2, 3):
+            files.read(number, 0, 1)
+        files.close()
+        assert os.pread(descriptors[0], 90, 512 + 4) == rows[0]
+        descriptor = descriptors[0]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pread(descriptor, 1, 0)
+
+
+def test_threads_read_the_same_while_files_are_pushed_out(two_open: list[str], four: tuple[TarFiles, list[bytes]]):
+    files, rows = four
+    wanted = [number for _ in range(100) for number in (0, 1, 2, 3, 2)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda number: files.read(number, 516, 90), wanted)) == [rows[n] for n in wanted]
+    assert files.n_open == 2
 
 
 def test_threads_and_another_process_read_the_same(tar: Path):

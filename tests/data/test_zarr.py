@@ -219,7 +219,7 @@ def test_an_index_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     for sample in (0, 1, 0, 4, 0):  # each pushes out the descriptor of the one before
         np.testing.assert_array_equal(arrays.read("flair", sample, shape=own_shape(sample)), values(sample)["flair"])
     assert sizes == [16 * _n_chunks("flair") + 4] * 3
-    assert len(arrays._files._values) == 1
+    assert len(arrays._files) == 1
 
 
 def test_equal_input_gives_equal_files(folder: Path, tmp_path: Path):

@@ -32,7 +32,9 @@ def toy_volume(number: int) -> tuple[tuple[int, int, int], dict[str, np.ndarray]
     return shape, volumes if number == 5 else {**volumes, "seg": seg}
 
 
-def write_volumes(out: Path, before: Callable[[int], object] = lambda number: None) -> None:
+def write_volumes(
+    out: Path, before: Callable[[int], object] = lambda number: None, chunk: tuple[int, ...] | None = None
+) -> None:
     """The set; `before` is told of each sample before it is made."""
     largest = (1, *LARGEST)
     modalities: dict[str, Modality] = {}
@@ -40,6 +42,9 @@ def write_volumes(out: Path, before: Callable[[int], object] = lambda number: No
         modalities |= input_parts(name, "int16", largest, "zstd", "")
     modalities |= target_parts("seg", largest, VALUES, "zstd")
     modalities["age"] = Modality(kind="vector", dtype="float32", shape=(1,), codec="zarr", features=["years"])
+    if chunk is not None:
+        cut = {name: m.model_copy(update={"chunk": chunk}) for name, m in modalities.items() if m.kind == "volume"}
+        modalities |= cut
     description = Description(
         task="toy_tumour",
         problem="segmentation",

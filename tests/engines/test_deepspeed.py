@@ -169,7 +169,7 @@ def test_bfloat16_is_the_same_under_every_engine(
     full, half = reference("dc_distill", 6), reference("dc_distill", 6, precision="bf16")
     for ran in ranks(2).run(_run, config=config, steps=6):
         assert ran.losses != pytest.approx(full.losses, rel=1e-5)
-        assert ran.losses == pytest.approx(full.losses, rel=0.05)
+        assert ran.losses == pytest.approx(full.losses, rel=0.1)  # a candidate that rounding elects moves a loss
         assert {tensor.dtype for name, tensor in ran.tensors.items() if "weight" in name} == {torch.float32}
         # one rounding of bfloat16 that falls the other way is 0.4 percent of an activation
         assert ran.losses == pytest.approx(half.losses, rel=0.01)

@@ -33,17 +33,6 @@ def _finish(path: Path, ranks: int) -> None:
         assert run.wait() == 0, run.said()
 
 
-def test_killing_one_rank_in_mid_run_changes_nothing(config: dict[str, Any], whole: Path, tmp_path: Path):
-    path, folder = write_config(config, tmp_path)
-    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
-        wait_for(lambda: folders.last_line(folder)["step"] > 9, run)
-        run.kill([run.ranks()[1]])
-        run.wait()
-    assert not (folder / "export").exists()
-    _finish(path, 2)
-    assert folders.differences(folder, whole) == []
-
-
 def test_killing_everything_in_the_middle_of_a_save_leaves_the_older_checkpoint(
     config: dict[str, Any], whole: Path, tmp_path: Path
 ):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from distkd.base import World
+from distkd.data.loader import train_batches
+from distkd.data.remote.stream import StreamReader
 from distkd.data.shardset import ShardSet
+from distkd.errors import ConfigError, DataError
+from distkd.train.job import assemble
+from distkd.train.loop import train
 from tests.data.test_unreadable import damage
 from tests.data.toy import write_toy
 from tests.laws.common import ending, equal_up_to, law_config, run_steps, settings_of, train_until
@@ -102,9 +109,52 @@ def told_in_metrics_and_events(folder: Path, damaged: Path) -> None:
     assert left_out == len(DAMAGED & held_out) > 0
 
 
+def _fetched(world: World, config: dict[str, Any]) -> int:
+    job = assemble(settings_of(config), world)
+    for _ in train_batches(job.dataset, job.plan, world, job.passes, 0):
+        pass
+    reader = job.dataset.shard_set
+    assert isinstance(reader, StreamReader)
+    return reader.store.n_fetched
+
+
 def test_each_shard_is_fetched_once_a_node(ranks: Any, toy: Path, damaged: Path, tmp_path: Path):
     config = config_of("url", toy, damaged, tmp_path)
-    config["run"]["epochs"] = 1
-    ranks(2).run(run_steps, config=config, steps=5)
-    kept = list((tmp_path / "cache").rglob("*.tar"))
-    assert 0 < len(kept) <= len(ShardSet(toy).manifest.shards)
+    shards = {shard for shard, patient in _training(toy)}
+    assert sum(ranks(2).run(_fetched, config=config)) == len(shards) + 1  # the manifest, too
+
+
+def _training(folder: Path) -> set[tuple[int, str]]:
+    manifest = ShardSet(folder).manifest
+    pairs = zip(manifest.samples.shard, manifest.samples.patient, strict=True)
+    return {(shard, patient) for shard, patient in pairs if patient in manifest.folds[0].train}
+
+
+def test_too_many_stop_all_ranks_alike(ranks: Any, toy: Path, damaged: Path, tmp_path: Path):
+    config = config_of("damaged", toy, damaged, tmp_path, name="too-many")
+    config["data"]["max_skipped"] = 0.02
+    one, other = ranks(2).run(_failure, config=config)
+    assert one == other
+    assert "samples cannot be read, data.max_skipped=0.02 of 96 allows 1; mend the shards, or set it to 0.0" in one
+
+
+def _failure(world: World, config: dict[str, Any]) -> str:
+    try:
+        train(settings_of(config), world)
+    except DataError as error:
+        return str(error).partition("; the last")[0]
+    return "it trained"
+
+
+def test_another_shard_set_is_refused_at_a_resume(toy: Path, damaged: Path, tmp_path: Path):
+    """The same keys in the same splits, but other labels."""
+    config = config_of("oversample", toy, damaged, tmp_path)
+    train_until(World(), config, crash_at=9)
+    other = tmp_path / "other"
+    shutil.copytree(toy, other)
+    content = json.loads((other / "manifest.json").read_text())
+    content["samples"]["label"] = [1 - label for label in content["samples"]["label"]]
+    (other / "manifest.json").write_text(json.dumps(content))
+    config["data"]["shards"] = str(other)
+    with pytest.raises(ConfigError, match=r"was trained on another shard set than .*other is now: labels, order or"):
+        train_until(World(), config)

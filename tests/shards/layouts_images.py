@@ -223,7 +223,7 @@ def sicapv2(raw: Path) -> Path:
 
 def stored_bytes(out: Path, modality: str, key: str) -> bytes:
     """The member of a shard as it lies there."""
-    from distkd.data.manifest import read_manifest
+    from distkd.data.manifest_file import read_manifest
 
     manifest = read_manifest(out)
     sample = manifest.samples.key.index(key)

@@ -381,7 +381,7 @@ def test_what_cannot_be_split_is_told_before_any_case_is_read(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(brats, "read_voxels", None)
-    with pytest.raises(DataError, match="class 0 has 6 patients, 7 folds with train, val and test need at least 7"):
+    with pytest.raises(DataError, match="6 patients; 7 folds with train, val and test need at least 7"):
         brats.make(raw, tmp_path / "out", folds=7)
     with pytest.raises(DataError, match=r"share to hold out is 1\.5, expected 0 <= share < 1"):
         brats.make(raw, tmp_path / "out", folds=2, val_share=1.5)

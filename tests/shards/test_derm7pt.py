@@ -159,7 +159,7 @@ def test_cases_in_no_list_are_left_out_and_counted(raw: Path, tmp_path: Path, ca
     text = capsys.readouterr().out
     assert "skipped 1: case in none of the three lists (case-0020)" in text
     assert "19 samples of 19 patients" in text
-    assert "1 folds (the published split; each case counts as a patient); patients of fold 0: train 10, val 5" in text
+    assert "1 fold (the published split; each case counts as a patient); patients of fold 0: train 10, val 5" in text
 
 
 @pytest.mark.parametrize("column", ["diagnosis", "seven_point_score", "management", "level_of_diagnostic_difficulty"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distkd.data.raw.table import Problems
+from distkd.data.raw.table_problems import Problems
 from distkd.data.shardset import ShardSet
 from distkd.errors import DataError
 from shards import generic
@@ -62,10 +62,14 @@ def study(folder: Path, *, patients: int = 12) -> list[dict[str, str]]:
     return rows
 
 
-def problems_of(table: Path, options: Options | None = None, every_value: bool = True) -> list[str]:
+def examined(table: Path, options: Options | None = None) -> Problems:
     problems = Problems()
-    generic.examine(table, options or Options(), problems, seed=0, every_value=every_value)
-    return problems.lines
+    generic.examine(table, options or Options(), problems, seed=0, every_value=True)
+    return problems
+
+
+def problems_of(table: Path, options: Options | None = None) -> list[str]:
+    return examined(table, options).lines
 
 
 def test_the_template_with_its_photos_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -83,6 +87,8 @@ def test_the_template_with_its_photos_becomes_shards(tmp_path: Path, capsys: pyt
     assert "table.csv: 9 rows of 8 patients" in text
     assert "image 'photo': 8 of 9 rows, 12 x 16 x 3 uint8, files kept as they are" in text
     assert "vector 'clinic': 9 of 9 rows, 2 float32, age, score; 2 values are blank" in text
+    assert "1 fold: the column 'split'" in text
+    assert "note:" not in text
     assert "classes: benign 5, malignant 4" in text
     assert "fold 0: patients train 4, val 2, test 2" in text
     assert "no problems; run the same command without --dry-run" in text
@@ -362,7 +368,7 @@ def put(**cells: str) -> Callable[[list[dict[str, str]]], None]:
         (drop("patient"), "no column 'patient', the header has label, photo, clinic.age, clinic.score; splits are by"),
         (drop("label"), "no column 'label', the header has patient, photo, clinic.age, clinic.score; add one, blank"),
         (put(split="train", fold="0"), "both a column 'split' and a column 'fold', expected one of them or none"),
-        (put(label="benign"), "column 'label': 1 classes ['benign'], expected at least 2; fill in the labels"),
+        (put(label="benign"), "column 'label': 1 class ('benign'), expected at least 2; fill in the labels"),
         (
             put(fold="1"),
             "column 'fold': it has no row of fold 0, expected numbers from 0 without a gap, 2 folds or more",
@@ -372,7 +378,7 @@ def put(**cells: str) -> Callable[[list[dict[str, str]]], None]:
         (put(split="test"), "fold 0 has no patient with a label for train; every fold needs some"),
         (
             put(photo="notes.txt", **{"image:x": "notes.txt"}),
-            "row 2, column 'image:x': 'notes.txt' is no file of a known",
+            "rows 2, 3, 4 and 9 more, column 'image:x': 'notes.txt' is no file of a known",
         ),
         (
             put(**{"image:photo": "photos/0.png"}),
@@ -427,13 +433,191 @@ def test_pickles_are_never_loaded(tmp_path: Path):
     assert found[1] == "column 'vector:deep': no file of it can be used, expected at least one; fill it in or remove it"
 
 
+def test_problems_that_differ_in_the_row_alone_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = study(tmp_path, patients=20)
+    for number, row in enumerate(rows):
+        row |= {"clinic.sex": "mf"[number % 2], "clinic.score": "NA", "clinic.age": "" if number < 3 else "old"}
+    table = write(tmp_path, rows)
+    assert generic.main(["--raw", str(table), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    text, errors = capsys.readouterr()
+    words = "is no number; expected one, or a blank where it is missing; of words make columns of 0 and 1, one a word"
+    assert [line for line in text.splitlines() if line[0].isdigit()] == [
+        "1. rows 2, 3, 4 and 17 more, column 'clinic.score': 'NA' is no number; leave the cell blank if it is missing",
+        f"2. row 2, column 'clinic.sex': 'm' {words}",
+        f"3. row 3, column 'clinic.sex': 'f' {words}",
+        f"4. row 4, column 'clinic.sex': 'm' {words}; and 17 more like these",
+        f"5. rows 5, 6, 7 and 14 more, column 'clinic.age': 'old' {words}",
+    ]
+    assert "57 problems in" in errors
+    assert "sex; 3 values are blank" in text
+    with pytest.raises(DataError, match=r"has 57 problems: rows 2, 3, 4 and 17 more, .*; and 35 more; list all"):
+        generic.make(table, tmp_path / "out")
+
+
+def test_decimal_commas_are_read_where_they_separate_nothing(tmp_path: Path):
+    rows = study(tmp_path)
+    for number, row in enumerate(rows):
+        row["clinic.age"] = f"3{number % 10},5"
+    table = write(tmp_path, rows)
+    assert all("write it with a point, 3" in line for line in problems_of(table))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+    found = examined(table)
+    assert (found.lines, found.notes) == (
+        [],
+        ["note: column 'clinic.age' has decimal commas, such as '30,5', read as 30.5"],
+    )
+    generic.make(table, tmp_path / "out")
+    assert ShardSet(tmp_path / "out").read(3, ["clinic"])["clinic"][0] == 33.5
+
+
+def test_labels_that_mean_the_same_are_not_two_classes(tmp_path: Path):
+    rows = study(tmp_path, patients=24)
+    for number, row in enumerate(rows):
+        row["label"] = ("1", "1.0", "2", "2")[number % 4]
+    assert problems_of(write(tmp_path, rows)) == ["column 'label': '1' and '1.0' are one number; write them alike"]
+    for number, row in enumerate(rows):
+        row["label"] = ("Benign", "malignant", "benign", "malignant")[number % 4]
+    assert problems_of(write(tmp_path, rows)) == [
+        "column 'label': 'Benign' and 'benign' are one word; write them alike"
+    ]
+
+
+@pytest.mark.parametrize("word", ["NaN", "NA", "None", "n.a.", "null", "-"])
+def test_words_for_nothing_are_no_class(tmp_path: Path, word: str):
+    rows = study(tmp_path)
+    rows[4]["label"] = word
+    words = f"row 6, column 'label': {word!r} says that there is none; leave it blank"
+    found = problems_of(write(tmp_path, rows))
+    assert len(found) == 1
+    assert found[0].startswith(words)
+    assert problems_of(tmp_path / "table.csv", Options(classes=(*LABELS, word), folds=2, val_share=0)) != found
+
+
+def test_suspicious_tables_are_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = study(tmp_path, patients=14)
+    for number, row in enumerate(rows):
+        row["split"] = "train" if number < 8 else "val" if number < 10 else "test"
+    rows[13]["label"] = "rare"
+    rows[2] |= {name: rows[0][name] for name in ("photo", "clinic.age", "clinic.score")}
+    rows[3] |= {name: rows[0][name] for name in ("photo", "clinic.age", "clinic.score")}
+    rows.append({**rows[-1], "patient": "Summe", "label": "", "photo": "", "split": "train"})
+    for row in rows:
+        row["tumour_mask"] = row["photo"]
+    table = write(tmp_path, rows)
+    expected = [
+        "note: class 'rare' has no row in train of fold 0; such a fold cannot be trained on: move patients, or merge",
+        "note: class 'rare' has no row in val of fold 0; ",
+        "note: rows with the same files and numbers: 2 and 4 and 5 (different patients, different labels); remove what",
+        "note: row 16 ('Summe'): named like a total; remove it, if it is no sample",
+        "note: column 'tumour_mask' looks like a label map (by its name) and is an input; call it target:tumour_mask",
+    ]
+    for more in (["--dry-run"], []):
+        assert generic.main(["--raw", str(table), "--out", str(tmp_path / "out"), *more]) == 0
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        for note, start in zip(notes, expected, strict=True):
+            assert note.startswith(start)
+
+
+def test_a_label_map_among_the_inputs_is_seen_by_its_values(tmp_path: Path):
+    rows = volumes(tmp_path, target=False)
+    for number, row in enumerate(rows):
+        row["second"] = f"{number}-m.nii"
+    (note,) = examined(write(tmp_path, rows), Options(folds=2)).notes
+    assert note.startswith("note: column 'second' looks like a label map (by its values 0, 1, 2, 3) and is an input;")
+
+
+def test_arrays_have_no_anatomy(tmp_path: Path):
+    rows = volumes(tmp_path, target=False)
+    for row in rows:
+        row["volume:t1"] = ""
+    rows[0]["volume:t1"] = "0.nii.gz"
+    manifest = generic.make(write(tmp_path, rows), tmp_path / "out").manifest
+    first, second = manifest.samples.space[:2]
+    assert first is not None
+    assert first.affine is not None  # the NIfTI file beside it knows
+    assert second is not None
+    assert (second.affine, second.spacing, second.shape) == (None, None, (6, 5, 5))
+
+
+def test_a_target_without_classes_stops_with_that_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = write(tmp_path, volumes(tmp_path, target=True))
+    assert generic.main(["--raw", str(table), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    text, errors = capsys.readouterr()
+    assert text == ""
+    assert errors.startswith(
+        f"error: table {str(table)!r} has a target, which needs --classes: the names of its values"
+    )
+    assert errors.count("\n") == 1
+
+
+def test_other_headers_are_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    names = {"patient": "Patient ID", "label": "Diagnosis"}
+    rows = [{names.get(name, name): cell for name, cell in row.items()} for row in study(tmp_path)]
+    header = "the header has Patient ID, Diagnosis, photo, clinic.age, clinic.score"
+    assert problems_of(write(tmp_path, rows)) == [
+        f"no column 'patient', {header}; did you mean 'Patient ID'? rename it to 'patient'",
+        f"no column 'label', {header}; did you mean 'Diagnosis'? rename it to 'label'",
+    ]
+    assert generic.main(["--raw", str(tmp_path), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    text = capsys.readouterr().out
+    assert "table.csv: 12 rows\n" in text
+    assert not any(line.startswith(("  classes", "  fold")) for line in text.splitlines())
+
+
+def test_folds_may_be_counted_from_one(tmp_path: Path):
+    rows = study(tmp_path)
+    for number, row in enumerate(rows):
+        row["fold"] = str(number // 4 + 1)
+    found = examined(write(tmp_path, rows))
+    assert found.lines == []
+    assert found.notes[0] == "note: column 'fold' counts from 1: fold 1 of the table is fold 0 of the set, of 3 folds"
+    manifest = generic.make(tmp_path, tmp_path / "out").manifest
+    assert [fold.test[0] for fold in manifest.folds] == ["patient 0", "patient 4", "patient 10"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("C:\\Users\\ida\\1.png", "; that is a Windows path: copy the file beside the table, and name it from"),
+        ("photos\\1.png", "; that is a Windows path: write 'photos/1.png'"),
+        ("../1.png", "; paths start at the table's folder"),
+    ],
+)
+def test_a_missing_file_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str, words: str):
+    rows = study(tmp_path / "own")
+    rows[1]["photo"] = cell
+    write(tmp_path / "own", rows)
+    monkeypatch.chdir(tmp_path / "own")
+    (line,) = problems_of(Path("table.csv"))
+    place = tmp_path / "1.png" if cell.startswith("..") else tmp_path / "own" / cell
+    assert line.startswith(f"row 3, column 'photo': there is no file {cell!r}, looked for {str(place)!r}{words}")
+
+
+def test_folds_of_a_segmentation_are_not_stratified(tmp_path: Path):
+    table = write(tmp_path, volumes(tmp_path, target=True))
+    options = Options(classes=("ground", "core", "rim", "edge"))
+    manifest = generic.make(table, tmp_path / "out", options=options).manifest
+    assert manifest.split_rule == "by patient; 0.15 of the rest is the validation part"
+    write(tmp_path, volumes(tmp_path, target=True)[:1])
+    assert problems_of(table, options) == ["1 patient; 5 folds with train, val and test need at least 5; add patients"]
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
         ({}, r"expected one table \(\.csv\), found none; name with --raw your table"),
         ({"a.csv": b"x", "b.csv": b"x"}, r"expected one table \(\.csv\), found a\.csv, b\.csv"),
         ({"a.csv": b"patient,label\n"}, r"has no rows below its header; see --template for an example"),
-        ({"a.csv": b"patient,\xff\n1,2\n"}, r"cannot read the table '.*a\.csv': .* expected a CSV in UTF-8"),
+        (
+            {"a.csv": b"patient,x\n1,\xe4\n"},
+            r"a\.csv': line 2 is not in UTF-8 but, .* plain 'CSV' .*; save it as 'CSV UTF",
+        ),
+        ({"a.csv": "patient\n1\n".encode("utf-16")}, r"a\.csv': it is in UTF-16, expected .*; save it as 'CSV UTF-8'"),
+        ({"a.csv": b"PK\x03\x04..."}, r"a\.csv': it is a spreadsheet, expected a CSV in UTF-8; save it as 'CSV UTF-8'"),
+        ({"a.csv": b'patient\n"1"2\n'}, r"cannot read the table '.*a\.csv': .*; expected a CSV, save it again"),
     ],
 )
 def test_without_a_table_nothing_is_read(tmp_path: Path, files: dict[str, bytes], words: str):

@@ -9,7 +9,7 @@ import numpy as np
 
 from distkd.base import UNLABELLED
 from distkd.data.look.sheet import Card, Curve, Legend, Panel, Picture, Words, title_letters
-from distkd.data.look.slices import PLANES, View, class_numbers, colour_map, overlay, view_of, window
+from distkd.data.look.slices import AXES, PLANES, View, class_numbers, colour_map, overlay, view_of, window
 from distkd.data.manifest import SPLITS, Modality
 from distkd.data.shardset import ShardSet
 
@@ -47,6 +47,9 @@ class CardMaker:
         self._colour_K3 = colour_map(len(self._manifest.class_names))
         self._odd_values: set[int] = set()
         """Of the target, where no class has them."""
+        spaces = [space for space in self._manifest.samples.space if space is not None]
+        self._placed = not spaces or any(space.affine is not None for space in spaces)
+        """Whether anything says which voxel axis is which of the patient."""
         self._split_of: dict[str, str] = {}
         if fold is not None:
             for split in SPLITS:
@@ -69,7 +72,10 @@ class CardMaker:
         """Of the rows of a card, by the width of a panel: what the highest picture needs."""
         spaces = self._manifest.samples.space
         views = [view_of(space) for sample in samples if spaces and (space := spaces[sample]) is not None]
-        planes = [max((view.picture_aspect(plane) for view in views), default=1.0) for plane in PLANES]
+        planes = [
+            max((view.picture_aspect(view.planes[place]) for view in views), default=1.0)
+            for place in range(len(PLANES))
+        ]
         others = [max(self._height(name) for name in row) for row in self._of_others]
         low, high = _HEIGHTS
         return [min(max(height, low), high) for height in [*planes * len(self._of_volumes), *others]]
@@ -88,9 +94,12 @@ class CardMaker:
             which = (
                 f"with the largest area of {self._target}, else the middle ones" if self._target else "in the middle"
             )
+            turned = (
+                "; radiological view: R is the patient's right" if self._placed else "; no affine, so no patient's axes"
+            )
             notes.append(
-                f"slices {which}, numbered as in the file; radiological view: R is the patient's right; grey from the "
-                "1st to the 99th percentile of the nonzero voxels drawn"
+                f"slices {which}, numbered as in the file{turned}; grey from the 1st to the 99th percentile of the "
+                "nonzero voxels drawn"
             )
         if self._odd_values:
             values = ", ".join(map(str, sorted(self._odd_values)[:5]))
@@ -167,12 +176,12 @@ class CardMaker:
         space = self._manifest.samples.space[sample]
         if space is None:
             rows = [[Panel(_MISSING, name) for name in group] for group in self._of_volumes for _ in PLANES]
-            return [plane.name for plane in PLANES] * len(self._of_volumes), rows
+            return [plane.name for plane in (PLANES if self._placed else AXES)] * len(self._of_volumes), rows
         view = view_of(space)
         raw = self._read(sample, self._target) if self._target is not None else None
         class_XYZ = None if raw is None else self._classes(raw[0])
-        numbers = [view.slice_number(plane, None if class_XYZ is None else class_XYZ != 0) for plane in PLANES]
-        row_names = [f"{plane.name} {number}" for plane, number in zip(PLANES, numbers, strict=True)]
+        numbers = [view.slice_number(plane, None if class_XYZ is None else class_XYZ != 0) for plane in view.planes]
+        row_names = [plane.at(number) for plane, number in zip(view.planes, numbers, strict=True)]
         tints = None if class_XYZ is None else self._tints(view, numbers, class_XYZ)
         rows: list[list[Panel]] = []
         for group in self._of_volumes:
@@ -182,7 +191,7 @@ class CardMaker:
 
     def _tints(self, view: View, numbers: list[int], class_XYZ: np.ndarray) -> list[np.ndarray]:
         found: list[np.ndarray] = []
-        for plane, number in zip(PLANES, numbers, strict=True):
+        for plane, number in zip(view.planes, numbers, strict=True):
             start, size = view.box(plane, number)
             x, y, z = (slice(a, a + n) for a, n in zip(start, size, strict=True))
             found.append(overlay(view.turn(plane, class_XYZ[x, y, z]), self._colour_K3))
@@ -198,7 +207,7 @@ class CardMaker:
             return [Panel(_MISSING, caption), *[Panel(_MISSING)] * (len(PLANES) - 1)]
         pictures = [
             view.turn(plane, self._set.crop(sample, name, *view.box(plane, number))[0])
-            for plane, number in zip(PLANES, numbers, strict=True)
+            for plane, number in zip(view.planes, numbers, strict=True)
         ]
         limits = window(pictures)
         return [
@@ -211,7 +220,7 @@ class CardMaker:
                 ),
                 "" if place else caption,
             )
-            for place, (plane, picture) in enumerate(zip(PLANES, pictures, strict=True))
+            for place, (plane, picture) in enumerate(zip(view.planes, pictures, strict=True))
         ]
 
     def _image_classes(self, sample: int) -> np.ndarray | None:
@@ -253,7 +262,8 @@ def _vector_panel(name: str, modality: Modality, vectors: dict[int, np.ndarray],
     if n_missing == len(values_F):
         return Panel(Words(["all values missing"], centred=True), name)
     known = np.concatenate([one[np.isfinite(one)] for one in vectors.values()])
-    return Panel(Curve(values_F, (float(known.min()), float(known.max()))), caption)
+    low, high = np.percentile(known.astype(np.float64), (1, 99)).tolist()  # one outlier would flatten all curves
+    return Panel(Curve(values_F, (low, high)), caption)
 
 
 def _pixels(values_HWC: np.ndarray, modality: Modality) -> np.ndarray:

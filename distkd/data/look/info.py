@@ -23,11 +23,11 @@ def info(shard_set: ShardSet) -> str:
     """Counts, folds, modalities, what is missing and what was excluded, as plain text."""
     found = summary(shard_set)
     what = {"wds": "tars", "zarr": "a zarr group"}[found.container]
-    groups = f" in {found.groups} groups" if found.groups else ""
+    groups = f" in {_many(found.groups, 'group')}" if found.groups else ""
     without_crc = "" if len(found.checksums) > 1 else ", none of single values"
     lines = [
         f"{found.folder}: task {found.task!r}, classes {', '.join(found.class_names)}",
-        f"{found.samples} samples of {found.patients} patients{groups}",
+        f"{_many(found.samples, 'sample')} of {_many(found.patients, 'patient')}{groups}",
         f"{size_words(found.bytes)} in {_many(found.files, 'shard')}: {_extremes(found)}",
         f"format    {found.format_version}, {found.problem}, {what}",
         f"checksums {', '.join(found.checksums)}{without_crc}",
@@ -95,7 +95,8 @@ def _extremes(found: Summary) -> str:
         return found.largest.file
     ends = (found.smallest, found.largest)
     return ", ".join(
-        f"{word} {shard.file} {size_words(shard.bytes)}" + (f" ({shard.samples} samples)" if shard.samples else "")
+        f"{word} {shard.file} {size_words(shard.bytes)}"
+        + (f" ({_many(shard.samples, 'sample')})" if shard.samples else "")
         for word, shard in zip(("smallest", "largest"), ends, strict=True)
     )
 
@@ -112,7 +113,7 @@ def _modality_lines(found: Summary) -> list[str]:
             modality.codec + (f"+{modality.compression}" if modality.compression != "none" else ""),
             " x ".join(map(str, modality.chunk or ())),
             size_words(modality.bytes),
-            f"{modality.ratio:.2f}" if modality.ratio else "-",
+            f"{modality.ratio:.2f}" if modality.ratio and modality.kind != "vector" else "-",
             str(modality.missing),
             modality.unit,
         ]
@@ -150,20 +151,21 @@ def _combination_lines(found: Summary) -> list[str]:
 def _space_lines(spaces: list[SpaceSummary]) -> list[str]:
     if not spaces:
         return []
-    shapes, spacings = ({space.shape for space in spaces}, {space.spacing for space in spaces})
+    shapes = {space.shape for space in spaces}
+    spacings = {space.spacing for space in spaces if space.spacing is not None}
     rows = [
         [
             str(space.samples),
             " x ".join(map(str, space.shape)),
-            " x ".join(f"{mm:g}" for mm in space.spacing),
-            space.orientation,
+            " x ".join(f"{mm:g}" for mm in space.spacing) if space.spacing else "unknown",
+            space.orientation or "unknown",
         ]
         for space in spaces[:_MAX_ROWS]
     ]
     rest = spaces[_MAX_ROWS:]
     more = f"and {len(rest)} more spaces of {sum(space.samples for space in rest)} samples" if rest else ""
     found = f"{_many(len(shapes), 'shape')} {_ranges(shapes)} voxels"
-    found += f", {_many(len(spacings), 'spacing')} {_ranges(spacings)} mm"
+    found += f", {_many(len(spacings), 'spacing')} {_ranges(spacings)} mm" if spacings else ", spacing unknown"
     return [
         "",
         f"spaces: {found}",

@@ -22,12 +22,14 @@ from distkd.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Card", "Curve", "Legend", "Panel", "Picture", "Sheet", "Words", "draw", "title_letters"]
+__all__ = ["FORMATS", "Card", "Curve", "Legend", "Panel", "Picture", "Sheet", "Words", "draw", "title_letters"]
 
 # Shapes: H W pixels, F values of a curve; lengths in inches, from the top left corner
 
 Colour = tuple[float, float, float]
 
+FORMATS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}
+"""By the end of the file's name."""
 _PER_INCH = 17
 """Characters of the small type in an inch, about."""
 _DPI = (125, 190)
@@ -63,6 +65,7 @@ class Curve:
 
     values_F: np.ndarray
     limits: tuple[float, float]
+    """What lies beyond is drawn at the panel's edge."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def title_letters(n_columns: int, *, side: bool) -> int:
 
 
 def draw(sheet: Sheet, out: Path) -> None:
-    """Write the page as a PNG.
+    """Write the page as a picture of the kind that the file's name says, of `FORMATS`.
 
     Raises:
         DataError: the file cannot be written.
@@ -141,7 +144,7 @@ def draw(sheet: Sheet, out: Path) -> None:
         pen.text(_MARGIN, y, line, size=6.5, color=_SOFT)
         y += _LINE
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=min(max(1600 / places.width, _DPI[0]), _DPI[1]))
+    figure.savefig(image, format=FORMATS[out.suffix.lower()], dpi=min(max(1600 / places.width, _DPI[0]), _DPI[1]))
     try:
         out.write_bytes(image.getvalue())
     except OSError as error:
@@ -293,7 +296,7 @@ def _draw_curve(pen: _Pen, box: _Box, curve: Curve) -> None:
     n_values = len(curve.values_F)
     x_F = box.x + box.width * (np.arange(n_values) + 0.5) / n_values
     share_F = (curve.values_F.astype(np.float64) - low) / (high - low or 1.0)
-    pen.curve(x_F, box.y + box.height * (0.9 - 0.8 * share_F), dots=n_values <= 64)
+    pen.curve(x_F, box.y + box.height * (0.9 - 0.8 * np.clip(share_F, -0.1, 1.1)), dots=n_values <= 64)
     pen.text(box.x + 0.03, box.y + 0.02, f"{high:.4g}", size=5, color=_SOFT)
     pen.text(box.x + 0.03, box.y + box.height - 0.02, f"{low:.4g}", size=5, color=_SOFT, va="bottom")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from distkd.base import UNLABELLED
 from distkd.data.look.cards import CardMaker, even_rows
-from distkd.data.look.sheet import Sheet, draw
+from distkd.data.look.sheet import FORMATS, Sheet, draw
 from distkd.data.manifest import Manifest
 from distkd.data.shardset import ShardSet
 from distkd.errors import DataError
@@ -42,24 +42,24 @@ def show(
     keys: Sequence[str] | None = None,
     fold: int | None = None,
 ) -> Shown:
-    """A PNG with a card per sample; of volumes three slices each, of which nothing but their chunks is read.
+    """A png or jpg with a card per sample; of volumes three slices each, of which nothing but their chunks is read.
 
     The slices are those with the largest area of the target, else the middle ones. A page holds so much and no more;
     what does not fit is said.
 
     Args:
-        per_class: samples of each class, of different patients first and complete ones first.
+        out: `.png` is added where it has no ending.
+        per_class: samples of each class: one of each combination of modalities, complete ones and other patients first.
         keys: these samples, in this order, instead.
         fold: say of each sample in which split of this fold it is.
 
     Raises:
         DataError: unknown keys or fold, damaged bytes, or the file cannot be written.
     """
+    out = _picture(out)
     manifest = shard_set.manifest
     if fold is not None and not 0 <= fold < len(manifest.folds):
-        raise DataError(
-            f"fold {fold} is not in {str(shard_set.folder)!r}, which has folds 0..{len(manifest.folds) - 1}"
-        )
+        raise DataError(f"fold {fold} is not in {shard_set.place!r}, which has folds 0..{len(manifest.folds) - 1}")
     groups = _chosen(manifest, per_class) if keys is None else {UNLABELLED: _numbers(shard_set, keys)}
     maker = CardMaker(shard_set, fold)
     rows, notes = _arranged(groups, manifest, *maker.panels)
@@ -76,28 +76,49 @@ def show(
     return Shown(out, drawn, notes)
 
 
+def _picture(out: Path) -> Path:
+    """Where the picture goes."""
+    if out.is_dir():
+        raise DataError(f"cannot write the picture {str(out)!r}: it is a folder; choose another place with --output")
+    out = out if out.suffix else out.with_name(f"{out.name}.png")
+    if out.suffix.lower() not in FORMATS:
+        raise DataError(
+            f"cannot write the picture {str(out)!r}: unknown kind {out.suffix!r}, expected {', '.join(FORMATS)}; "
+            "choose another name with --output"
+        )
+    return out
+
+
 # which samples
 
 
 def _chosen(manifest: Manifest, per_class: int) -> dict[int, list[int]]:
-    """Samples of each class, of different patients and, where there are enough, with all modalities."""
+    """Samples of each class: each combination of modalities once if there is room, then of different patients first."""
     labels = np.array(manifest.samples.label)
-    columns = manifest.samples.bytes.values()
-    n_missing = np.array([sum(column[i] is None for column in columns) for i in range(manifest.n_samples)])
+    columns = [column for name, column in manifest.samples.bytes.items() if manifest.modalities[name].role != "aux"]
+    absent = [tuple(column[i] is None for column in columns) for i in range(manifest.n_samples)]
+    patients = manifest.samples.patient
     chosen: dict[int, list[int]] = {}
     for label in range(UNLABELLED, len(manifest.class_names)):
-        members = np.flatnonzero(labels == label)
-        met: set[str] = set()
-        first: list[int] = []
-        again: list[int] = []
-        numbers: list[int] = members[np.argsort(n_missing[members], kind="stable")].tolist()
-        for i in numbers:
-            patient = manifest.samples.patient[i]
-            (again if patient in met else first).append(i)
-            met.add(patient)
-        if first:
-            chosen[label] = [*first, *again][:per_class]
+        members = sorted(np.flatnonzero(labels == label).tolist(), key=lambda i: (sum(absent[i]), i))
+        found: list[int] = []
+        for combination in list(dict.fromkeys(absent[i] for i in members))[:per_class]:
+            found.append(_fresh([i for i in members if absent[i] == combination], patients, found)[0])
+        found += _fresh([i for i in members if i not in set(found)], patients, found)[: per_class - len(found)]
+        if found:
+            chosen[label] = sorted(found, key=lambda i: (sum(absent[i]), i))
     return chosen
+
+
+def _fresh(samples: Sequence[int], patients: Sequence[str], before: Sequence[int]) -> list[int]:
+    """The samples, those first whose patient none before them has."""
+    met = {patients[i] for i in before}
+    first: list[int] = []
+    again: list[int] = []
+    for i in samples:
+        (again if patients[i] in met else first).append(i)
+        met.add(patients[i])
+    return [*first, *again]
 
 
 def _numbers(shard_set: ShardSet, keys: Sequence[str]) -> list[int]:
@@ -107,7 +128,7 @@ def _numbers(shard_set: ShardSet, keys: Sequence[str]) -> list[int]:
         near = difflib.get_close_matches(unknown[0], number_of, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(
-            f"{str(shard_set.folder)!r} has no sample {_some(map(repr, unknown))}{hint}; it has "
+            f"{shard_set.place!r} has no sample {_some(map(repr, unknown))}{hint}; it has "
             f"{len(number_of)} samples, such as {_some(list(map(repr, number_of))[:3])}"
         )
     if not keys:
@@ -135,7 +156,8 @@ def _arranged(
         left = list(groups)[capacity:]
         if left:
             words = _some("no label" if label == UNLABELLED else manifest.class_names[label] for label in left)
-            notes.append(f"without {len(left)} classes ({words}): the page is full; name samples by their keys")
+            classes = f"{len(left)} class{'' if len(left) == 1 else 'es'} ({words})"
+            notes.append(f"without {classes}: the page is full; name samples by their keys")
         if wanted > 1:
             notes.append(f"only 1 of each class instead of {wanted}: the page is full; name others by their keys")
         flat = [members[0] for members in list(groups.values())[:capacity]]

@@ -2,7 +2,8 @@
 
 Pictures follow the radiological convention: as if the patient were seen from the feet (axial) or from the front
 (coronal), so the patient's right is at the left of the picture. Anterior is up in axial slices, superior in the others;
-sagittal ones have anterior at the left. The affine says which voxel axis is which, to the nearest where it is oblique.
+sagittal ones have anterior at the left. The affine says which voxel axis is which, to the nearest where it is oblique;
+without one nothing does, and the slices are those of the array, its rows downwards.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from distkd.data.manifest import Space
 
-__all__ = ["PLANES", "Plane", "View", "class_numbers", "colour_map", "overlay", "view_of", "window"]
+__all__ = ["AXES", "PLANES", "Plane", "View", "class_numbers", "colour_map", "overlay", "view_of", "window"]
 
 # Shapes: C channels, XYZ voxels in the order of the file, H W pixels of a picture, K classes
 
@@ -24,7 +25,7 @@ Three = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Plane:
-    """World axes, 0 to the patient's left-right, 1 posterior-anterior, 2 inferior-superior."""
+    """World axes, 0 to the patient's left-right, 1 posterior-anterior, 2 inferior-superior; or those of the array."""
 
     name: str
     normal: int
@@ -33,12 +34,22 @@ class Plane:
     letters: tuple[str, str]
     """At the left and at the top of the picture."""
 
+    def at(self, number: int) -> str:
+        """The slice's name."""
+        return f"{self.name}{'' if any(self.letters) else ','} {number}"
+
 
 PLANES = (
     Plane("axial", normal=2, row=1, column=0, letters=("R", "A")),
     Plane("coronal", normal=1, row=2, column=0, letters=("R", "S")),
     Plane("sagittal", normal=0, row=2, column=1, letters=("A", "S")),
 )
+AXES = (
+    Plane("axis 0", normal=0, row=1, column=2, letters=("", "")),
+    Plane("axis 1", normal=1, row=0, column=2, letters=("", "")),
+    Plane("axis 2", normal=2, row=0, column=1, letters=("", "")),
+)
+"""Of a volume that nothing places in the patient."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class View:
     """Whether its numbers grow to the right, to anterior, to superior."""
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
+    planes: tuple[Plane, ...] = PLANES
 
     def slice_number(self, plane: Plane, weight_XYZ: np.ndarray | None) -> int:
         """Of the slice with the largest sum of the weights, else of the middle one."""
@@ -87,23 +99,21 @@ class View:
 
 
 def view_of(space: Space) -> View:
-    """From the affine; voxel axes are taken as right, anterior, superior where it says nothing."""
+    """From the affine; without one the planes are those of the array, and voxels are as long along each axis."""
     import nibabel
 
+    if space.affine is None:
+        x, y, z = space.spacing or (1.0, 1.0, 1.0)
+        return View((0, 1, 2), (False, False, False), space.shape, (x, y, z), AXES)
     axes, ascending = [0, 1, 2], [True, True, True]
-    try:
-        found = np.asarray(nibabel.io_orientation(np.array(space.affine)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    except np.linalg.LinAlgError:
-        found = np.full((3, 2), np.nan)
-    if np.isfinite(found).all():
-        for voxel_axis, (world_axis, sign) in enumerate(found.tolist()):
-            axes[int(world_axis)], ascending[int(world_axis)] = voxel_axis, sign > 0
-    x, y, z = (mm if np.isfinite(mm) and mm > 0 else 1.0 for mm in space.spacing)
+    found = np.asarray(nibabel.io_orientation(np.array(space.affine)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    for voxel_axis, (world_axis, sign) in enumerate(found.tolist()):
+        axes[int(world_axis)], ascending[int(world_axis)] = voxel_axis, sign > 0
     return View(
         axes=(axes[0], axes[1], axes[2]),
         ascending=(ascending[0], ascending[1], ascending[2]),
         shape=space.shape,
-        spacing=(x, y, z),
+        spacing=space.spacing or (1.0, 1.0, 1.0),
     )
 
 

@@ -72,9 +72,9 @@ class SpaceSummary:
     """Samples whose voxels lie in the same way."""
 
     shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    orientation: str
-    """To where the voxel axes run: R or L, A or P, S or I, in the order of the file."""
+    spacing: tuple[float, float, float] | None
+    orientation: str | None
+    """To where the voxel axes run: R or L, A or P, S or I, in the order of the file; None where nothing says it."""
     samples: int
 
 
@@ -139,10 +139,9 @@ def summary(shard_set: ShardSet) -> Summary:
     """Everything that can be counted without reading values."""
     manifest = shard_set.manifest
     groups = {group for group in manifest.samples.group if group is not None}
-    # zarr.json is no one's values
-    holding = [shard for shard in manifest.shards if not shard.file.endswith(".json")]
+    holding = _holding(manifest)
     return Summary(
-        folder=str(shard_set.folder),
+        folder=shard_set.place,
         format_version=manifest.format_version,
         task=manifest.task,
         problem=manifest.problem,
@@ -168,6 +167,13 @@ def summary(shard_set: ShardSet) -> Summary:
         excluded=manifest.excluded,
         notes=missing_notes(manifest),
     )
+
+
+def _holding(manifest: Manifest) -> list[Shard]:
+    """Files whose sizes say how the samples are cut up: neither zarr.json nor the blocks of vectors beside volumes."""
+    files = [shard for shard in manifest.shards if not shard.file.endswith(".json")]
+    volumes = tuple(f"{VOLUMES}/{name}/" for name, one in manifest.modalities.items() if one.kind == "volume")
+    return [shard for shard in files if shard.file.startswith(volumes)] or files
 
 
 def missing_notes(manifest: Manifest) -> list[str]:
@@ -256,21 +262,21 @@ def _spaces(spaces: Iterable[Space | None]) -> list[SpaceSummary]:
         return []
     orientation = {space.affine: _orientation(space) for space in known}
     counts = Counter(
-        (space.shape, tuple(round(mm, 4) for mm in space.spacing), orientation[space.affine]) for space in known
+        (space.shape, space.spacing and tuple(round(mm, 4) for mm in space.spacing), orientation[space.affine])
+        for space in known
     )
     return [
         SpaceSummary(shape, spacing, axes, count)  # pyright: ignore[reportArgumentType]
-        for (shape, spacing, axes), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        for (shape, spacing, axes), count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
     ]
 
 
-def _orientation(space: Space) -> str:
+def _orientation(space: Space) -> str | None:
     import nibabel
 
-    try:
-        return "".join(code or "?" for code in nibabel.aff2axcodes(np.array(space.affine)))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportUnknownArgumentType]
-    except np.linalg.LinAlgError:
-        return "???"
+    if space.affine is None:
+        return None
+    return "".join(code or "?" for code in nibabel.aff2axcodes(np.array(space.affine)))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportUnknownArgumentType]
 
 
 def _classes(manifest: Manifest) -> list[ClassSummary]:

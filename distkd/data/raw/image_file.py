@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from distkd.data.codec import Encoded
+from distkd.data.codec import IMAGE_FAULTS, Encoded
 from distkd.data.manifest import Modality
 from distkd.errors import DataError
 
@@ -33,5 +33,5 @@ def read_square(path: Path, modality: Modality) -> np.ndarray | Encoded:
             if image.mode == "RGB" and image.format == _FORMATS[modality.codec]:
                 return Encoded(path.read_bytes())
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except IMAGE_FAULTS as error:
         raise DataError(f"cannot read the image {str(path)!r}: {error}; copy it again") from error

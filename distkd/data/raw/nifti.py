@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distkd.data.manifest import Space
+from distkd.data.manifest import Space, frame_fault
 from distkd.errors import DataError
 
 __all__ = ["SUFFIXES", "Frame", "read_frame", "read_voxels", "same_affine", "write_map"]
@@ -93,11 +92,16 @@ def write_map(path: Path, array_XYZ: np.ndarray, space: Space) -> None:
     """A map of a sample, such as a predicted segmentation, as NIfTI in the frame of the sample's own files.
 
     Raises:
-        DataError: the map has another shape than the sample.
+        DataError: the map has another shape than the sample, or nothing says where the sample's voxels lie.
     """
     library = _library()
     if array_XYZ.shape != tuple(space.shape):
         raise DataError(f"the map for {str(path)!r} has shape {array_XYZ.shape}, the sample {tuple(space.shape)}")
+    if space.affine is None:
+        raise DataError(
+            f"cannot write {str(path)!r}: the sample has no affine, as its volumes came as .npy, so nothing says where "
+            "the map's voxels lie; save it with numpy.save"
+        )
     affine = np.array(space.affine, dtype=np.float64)
     image = library.Nifti1Image(array_XYZ, affine)
     image.header.set_xyzt_units("mm")
@@ -118,8 +122,8 @@ def _frame(path: Path, image: Any) -> Frame:
         raise DataError(f"{str(path)!r} has shape {shape}, which holds no voxel; copy it again")
     affine = tuple(tuple(float(value) for value in row) for row in image.affine)
     spacing = tuple(float(value) for value in image.header.get_zooms()[:3])
-    if not all(math.isfinite(value) for row in affine for value in row) or not all(map(math.isfinite, spacing)):
-        raise DataError(f"{str(path)!r} has an affine or a spacing with NaN or infinity; mend its header")
+    if fault := frame_fault(affine, spacing):
+        raise DataError(f"{str(path)!r} has no usable frame: {fault}; mend its header")
     scaled = image.dataobj.slope != 1 or image.dataobj.inter != 0
     dtype = "float64" if scaled else image.get_data_dtype().newbyteorder("=").name
     return Frame(shape, affine, spacing, dtype)  # pyright: ignore[reportArgumentType]

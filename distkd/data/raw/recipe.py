@@ -5,18 +5,31 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distkd.data.journal import aside_of, real_folder
 from distkd.data.look.summary import missing_notes
 from distkd.data.manifest import SPLITS, Manifest
 from distkd.data.progress import track
 from distkd.data.write import Skipped
 from distkd.errors import DataError, DistkdError
+from distkd.files import digest
 
-__all__ = ["Made", "Skipped", "arguments", "number", "raw_file", "read_table", "run", "track"]
+__all__ = [
+    "Made",
+    "Skipped",
+    "arguments",
+    "number",
+    "raw_file",
+    "read_table",
+    "run",
+    "tables_digest",
+    "track",
+]
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,16 @@ def arguments(
 def run(make: Callable[[argparse.Namespace], Made], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse, make, report; the exit code: 0 done, 2 bad arguments or raw data, 1 stopped by Ctrl-C."""
     options = parser.parse_args(argv)
+    # a shell in the folder that was `.` will be in one that is no more, and finds the set by its whole name
+    out = options.out if options.out.name else real_folder(options.out)
     try:
         made = make(options)
     except DistkdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; {str(options.out)!r} was not written; start again to go on", file=sys.stderr)
+        behind = " to go on behind what is finished" if aside_of(options.out).is_dir() else ""
+        print(f"stopped; {str(options.out)!r} was not written; start again{behind}", file=sys.stderr)
         return 1
     manifest = made.manifest
     for line in made.skipped.lines():
@@ -70,12 +86,17 @@ def run(make: Callable[[argparse.Namespace], Made], parser: argparse.ArgumentPar
     for note in missing_notes(manifest):
         print(note)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(f"{manifest.n_samples} samples of {manifest.n_patients} patients")
-    print(f"{size:.1f} MB in {len(manifest.shards)} shards")
+    print(f"{_many(manifest.n_samples, 'sample')} of {_many(manifest.n_patients, 'patient')}")
+    print(f"{size:.1f} MB in {_many(len(manifest.shards), 'shard')}")
     first = ", ".join(f"{split} {len(manifest.folds[0].patients(split))}" for split in SPLITS)
-    print(f"{len(manifest.folds)} folds ({manifest.split_rule}); patients of fold 0: {first}")
-    print(f"wrote {options.out}; look at it with `distkd shards info {options.out}`")
+    rule = manifest.split_rule.removeprefix(f"{len(manifest.folds)} folds ")
+    print(f"{_many(len(manifest.folds), 'fold')} ({rule}); patients of fold 0: {first}")
+    print(f"wrote {out}; look at it with `distkd shards info {out}`")
     return 0
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def raw_file(raw: Path, name: str, content: str) -> Path:
@@ -89,6 +110,23 @@ def raw_file(raw: Path, name: str, content: str) -> Path:
         what = "has no file" if raw.is_dir() else "is no folder, looked for"
         raise DataError(f"raw data {str(raw)!r} {what} {name!r}; name with --raw the folder of {content}")
     return path
+
+
+def tables_digest(*paths: Path) -> str:
+    """Of the names and bytes of files that tell what the samples are, for `ShardWriter(options=...)`.
+
+    A build that was interrupted keeps what it read of them, so other tables have to begin anew.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        try:
+            found.update(f"{path.name} {digest(path)}\n".encode())
+        except OSError as error:
+            raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}; copy it again") from error
+    return found.hexdigest()
 
 
 def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:

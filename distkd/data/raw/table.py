@@ -6,7 +6,10 @@ One CSV, one row a sample. The header gives the columns their roles, see `read_r
 from __future__ import annotations
 
 import csv
+import difflib
+import io
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,16 +18,16 @@ from pathlib import Path
 from typing import Literal
 
 from distkd.data.progress import track
+from distkd.data.raw.table_problems import Problems
 from distkd.data.raw.volume_parts import Compression
 from distkd.errors import DataError
 
 __all__ = [
+    "NOT_VALUES",
     "FileKind",
-    "Problems",
     "Roles",
     "Row",
     "TableOptions",
-    "class_names",
     "read_cells",
     "read_roles",
     "read_rows",
@@ -45,20 +48,15 @@ SUFFIXES: dict[str, FileKind] = {
     ".nii.gz": "volume",
     ".npy": "",
 }
-MANY_CLASSES = 100
+NOT_VALUES = frozenset(("nan", "na", "n/a", "n.a.", "n.a", "#n/a", "none", "null", "nil", "-", "--", ".", "?"))
+"""What people and programs write into a cell that is blank."""
+MEANT = {
+    "patient": r"patient|subject|participant|proband|person|^(pid|pat|patid|patnr|case|caseid|fall|fallnr|mrn|id)$",
+    "label": r"label|diagnos|class|klasse|outcome|target|^(y|dx|grade|befund)$",
+}
+"""Headers, their letters and digits alone, that mean a column that every table has."""
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-
-@dataclass
-class Problems:
-    """All that is wrong with a table; a person mends it in one go."""
-
-    lines: list[str] = field(default_factory=list[str])
-
-    def add(self, text: str, *, row: int | None = None, column: str | None = None) -> None:
-        where = [f"row {row}"] if row is not None else []
-        where += [f"column {column!r}"] if column is not None else []
-        self.lines.append(f"{', '.join(where)}: {text}" if where else text)
 
 
 @dataclass(frozen=True)
@@ -115,26 +113,27 @@ class Row:
     """The cell of the split or of the fold."""
     files: dict[str, Path]
     numbers: dict[str, tuple[float, ...]]
+    """NaN where a cell is blank or is no number."""
+    blank: dict[str, int]
+    """Cells without anything, of those vectors that have a number."""
 
 
-def read_cells(path: Path, problems: Problems) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Header, and (line, cells by column) of each row that is not blank. Commas, semicolons or tabs separate.
+def read_cells(path: Path, problems: Problems) -> tuple[list[str], list[tuple[int, dict[str, str]]], bool]:
+    """Header, (line, cells by column) of each row that is not blank, and whether a number may have a decimal comma.
+
+    Commas, semicolons or tabs separate the cells.
 
     Raises:
         DataError: the file cannot be read, or is empty.
     """
+    text = _text(path)
+    comma = max(",;\t", key=text.partition("\n")[0].count)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            first = file.readline()
-            file.seek(0)
-            comma = max(",;\t", key=first.count)
-            reader = csv.reader(file, delimiter=comma, strict=True)
-            header = [cell.strip() for cell in next(reader, list[str]())]
-            lines = [(reader.line_num, cells) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"cannot read the table {str(path)!r}: {error}; expected a CSV in UTF-8, as a spreadsheet exports it"
-        ) from error
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
+        header = [cell.strip() for cell in next(reader, list[str]())]
+        lines = [(reader.line_num, cells) for cells in reader]
+    except csv.Error as error:
+        raise DataError(f"cannot read the table {str(path)!r}: {error}; expected a CSV, save it again") from error
     rows = [(line, cells) for line, cells in lines if any(cell.strip() for cell in cells)]
     if not rows:
         raise DataError(f"table {str(path)!r} has no rows below its header; see --template for an example")
@@ -147,7 +146,27 @@ def read_cells(path: Path, problems: Problems) -> tuple[list[str], list[tuple[in
             problems.add(f"it has {len(cells)} cells, the header has {len(header)}; mend the row", row=line)
         else:
             good.append((line, {name: cell.strip() for name, cell in zip(header, cells, strict=True) if name}))
-    return [name for name in header if name], good
+    return [name for name in header if name], good, comma != ","
+
+
+def _text(path: Path) -> str:
+    """Of a file in UTF-8; spreadsheets have a format for it, and it is not the one that they offer first."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the table {str(path)!r}: {error}; check the path and its rights") from error
+    found = ""
+    if data.startswith(b"PK\x03\x04"):
+        found = "it is a spreadsheet"
+    elif data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1000]:
+        found = "it is in UTF-16"
+    else:
+        try:
+            return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            found = f"line {line} is not in UTF-8 but, it seems, in a spreadsheet's plain 'CSV' (Latin-1)"
+    raise DataError(f"cannot read the table {str(path)!r}: {found}, expected a CSV in UTF-8; save it as 'CSV UTF-8'")
 
 
 def read_roles(
@@ -186,12 +205,14 @@ def read_roles(
 
 def _check_roles(roles: Roles, header: list[str], problems: Problems) -> None:
     if "patient" not in roles.columns:
-        problems.add(f"no column 'patient', the header has {', '.join(header)}; splits are by patient: add one")
+        way_out = _meant("patient", roles) or "splits are by patient: add one"
+        problems.add(f"no column 'patient', the header has {', '.join(header)}; {way_out}")
     if roles.is_segmentation == ("label" in roles.columns):
         problems.add(
             "both a column 'label' and a target; a set is for one of them: make two"
             if roles.is_segmentation
-            else f"no column 'label', the header has {', '.join(header)}; add one, blank where it is unknown"
+            else f"no column 'label', the header has {', '.join(header)}; "
+            + (_meant("label", roles) or "add one, blank where it is unknown")
         )
     if sum(kind == "target" for _, kind in roles.files.values()) > 1:
         problems.add("several targets, expected one; merge them into one label map")
@@ -203,6 +224,13 @@ def _check_roles(roles: Roles, header: list[str], problems: Problems) -> None:
         )
     for name in sorted(set(roles.files) & set(roles.numbers)):
         problems.add(f"the name {name!r} is used for files and for numbers; rename one")
+
+
+def _meant(role: str, roles: Roles) -> str:
+    """The column without a role that is probably meant."""
+    plain = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in roles.ignored}
+    near = [name for name in plain if re.search(MEANT[role], name)] or difflib.get_close_matches(role, plain)
+    return f"did you mean {plain[near[0]]!r}? rename it to {role!r}" if near else ""
 
 
 def _add_files(roles: Roles, column: str, name: str, kind: FileKind, problems: Problems) -> None:
@@ -229,7 +257,9 @@ def _kind_of_path(cell: str) -> FileKind | None:
     return next((SUFFIXES[suffix] for suffix in SUFFIXES if cell.lower().endswith(suffix)), None)
 
 
-def read_rows(rows: list[tuple[int, dict[str, str]]], roles: Roles, folder: Path, problems: Problems) -> list[Row]:
+def read_rows(
+    rows: list[tuple[int, dict[str, str]]], roles: Roles, folder: Path, problems: Problems, *, decimal_comma: bool
+) -> list[Row]:
     """The rows, in the order of the table; what is wrong with a cell is a problem and leaves the cell out."""
     found: list[Row] = []
     line_of: dict[str, int] = {}
@@ -247,10 +277,11 @@ def read_rows(rows: list[tuple[int, dict[str, str]]], roles: Roles, folder: Path
         numbers = {
             name: values
             for name, columns in roles.numbers.items()
-            if (values := _numbers(line, cells, columns, problems)) is not None
+            if (values := _numbers(line, cells, columns, problems, decimal_comma)) is not None
         }
         if not any(cells[column] for column, kind in roles.files.values() if kind != "target") and not numbers:
-            problems.add("every input is blank; fill one in or remove the row", row=line)
+            also = "" if own.get("label") or "label" not in own else ", the label too"
+            problems.add(f"every input is blank{also}; fill one in or remove the row", row=line)
         found.append(
             Row(
                 line=line,
@@ -261,6 +292,7 @@ def read_rows(rows: list[tuple[int, dict[str, str]]], roles: Roles, folder: Path
                 part=own.get("split") or own.get("fold") or "",
                 files=files,
                 numbers=numbers,
+                blank={name: sum(not cells[column] for column in roles.numbers[name]) for name in numbers},
             )
         )
     return found
@@ -280,7 +312,7 @@ def _files(line: int, cells: dict[str, str], roles: Roles, folder: Path, problem
             problems.add(f"{cell!r} is no file of a known kind, expected {', '.join(known)}", row=line, column=column)
         elif not path.is_file():
             problems.add(
-                f"there is no file {cell!r}, looked for {str(path)!r}; paths start at the table's folder",
+                f"there is no file {cell!r}, looked for {os.path.abspath(path)!r}; {_way_to_file(cell)}",
                 row=line,
                 column=column,
             )
@@ -289,7 +321,17 @@ def _files(line: int, cells: dict[str, str], roles: Roles, folder: Path, problem
     return files
 
 
-def _numbers(line: int, cells: dict[str, str], columns: Sequence[str], problems: Problems) -> tuple[float, ...] | None:
+def _way_to_file(cell: str) -> str:
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", cell):
+        return "that is a Windows path: copy the file beside the table, and name it from the table's folder"
+    if "\\" in cell:
+        return f"that is a Windows path: write {cell.replace(chr(92), '/')!r}"
+    return "paths start at the table's folder"
+
+
+def _numbers(
+    line: int, cells: dict[str, str], columns: Sequence[str], problems: Problems, decimal_comma: bool
+) -> tuple[float, ...] | None:
     """Numbers of a vector, NaN where blank; None where all are."""
     values: list[float] = []
     for column in columns:
@@ -297,12 +339,14 @@ def _numbers(line: int, cells: dict[str, str], columns: Sequence[str], problems:
         values.append(math.nan)
         if not cell:
             continue
+        text = cell
+        if decimal_comma and _DECIMAL_COMMA.fullmatch(cell):
+            text = cell.replace(",", ".")
+            problems.note(f"column {column!r} has decimal commas, such as {cell!r}, read as {text}", about=column)
         try:
-            values[-1] = float(cell)
+            values[-1] = float("" if "_" in text else text)
         except ValueError:
-            problems.add(
-                f"{cell!r} is no number; expected one, or a blank where it is missing", row=line, column=column
-            )
+            problems.add(f"{cell!r} is no number; {_way_to_number(cell)}", row=line, column=column)
             continue
         if not math.isfinite(values[-1]):
             problems.add(
@@ -311,37 +355,10 @@ def _numbers(line: int, cells: dict[str, str], columns: Sequence[str], problems:
     return tuple(values) if any(cells[column] for column in columns) else None
 
 
-def class_names(rows: list[Row], options: TableOptions, problems: Problems) -> tuple[list[str], dict[str, int]]:
-    """Class names in order, and the class of each text that stands in the column `label`."""
-    texts = Counter(row.label for row in rows if row.label)
-    if not options.classes:
-        names = sorted(texts, key=lambda text: (0, int(text), text) if _is_int(text) else (1, 0, text))
-        if len(names) < 2:
-            problems.add(f"{len(names)} classes {names}, expected at least 2; fill in the labels", column="label")
-        if len(names) > MANY_CLASSES and 2 * len(names) > len(rows):
-            problems.add(
-                f"{len(names)} different labels in {len(rows)} rows, such as {names[0]!r}; expected classes",
-                column="label",
-            )
-        return names, {text: number for number, text in enumerate(names)}
-    names = list(options.classes)
-    if len(set(names)) < max(2, len(names)) or "" in names:
-        problems.add(f"--classes is {', '.join(names)!r}, expected at least 2 different names")
-    numbered = not any(_is_int(name) for name in names)
-    label_of = {name: number for number, name in enumerate(names)}
-    for text in texts:
-        if text not in label_of and numbered and _is_int(text) and 0 <= int(text) < len(names):
-            label_of[text] = int(text)
-    for row in rows:
-        if row.label and row.label not in label_of:
-            numbers = f", or 0 to {len(names) - 1}" if numbered else ""
-            problems.add(
-                f"{row.label!r} is none of --classes, expected {', '.join(names)}{numbers}",
-                row=row.line,
-                column="label",
-            )
-    return names, label_of
-
-
-def _is_int(text: str) -> bool:
-    return re.fullmatch(r"[+-]?\d{1,9}", text) is not None
+def _way_to_number(cell: str) -> str:
+    if cell.lower() in NOT_VALUES:
+        return "leave the cell blank if it is missing"
+    if _DECIMAL_COMMA.fullmatch(cell):
+        return f"write it with a point, {cell.replace(',', '.')}; commas separate the cells here"
+    words = "; of words make columns of 0 and 1, one a word" if not any(c.isdigit() for c in cell) else ""
+    return f"expected one, or a blank where it is missing{words}"

@@ -26,6 +26,8 @@ Stored = Literal["png", "jpg", "again"]
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 GREY = ("1", "L", "LA")
 _ORIENTATION = 0x0112
+_FEW = 16
+"""Values of a label map, at most."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Facts:
     stored: Stored = "again"
     space: Space | None = None
     """Of a volume."""
+    few_values: tuple[int, ...] = ()
+    """Of a volume whose every value was looked at: those that occur, if they are few small whole numbers."""
 
 
 def look(path: Path, *, every_value: bool) -> Facts:
@@ -48,8 +52,9 @@ def look(path: Path, *, every_value: bool) -> Facts:
     """
     suffix = path.name.lower()
     if suffix.endswith((".nii", ".nii.gz")):
-        frame = read_voxels(path)[1] if every_value else read_frame(path)
-        return Facts("volume", (1, *frame.shape), _storable(frame.dtype, path), space=frame.space())
+        array, frame = read_voxels(path) if every_value else (None, read_frame(path))
+        few = () if array is None else _few_values(array)
+        return Facts("volume", (1, *frame.shape), _storable(frame.dtype, path), space=frame.space(), few_values=few)
     if suffix.endswith(".npy"):
         return _look_npy(path, every_value)
     return _look_image(path, every_value)
@@ -95,10 +100,20 @@ def _look_npy(path: Path, every_value: bool) -> Facts:
         _check_values(path, np.asarray(array), nan_is_missing=is_vector)
     if is_vector:
         return Facts("vector", shape, "float32")
-    shape = shape if len(shape) == 4 else (1, *shape)
-    rows = tuple(tuple(float(i == j) for j in range(4)) for i in range(4))
-    space = Space(shape=shape[1:], affine=rows, spacing=(1.0, 1.0, 1.0))  # pyright: ignore[reportArgumentType]
-    return Facts("volume", shape, _storable(array.dtype.name, path), space=space)
+    channels, x, y, z = shape if len(shape) == 4 else (1, *shape)
+    few = _few_values(np.asarray(array)) if every_value else ()
+    # where its voxels lie the file does not know
+    space = Space(shape=(x, y, z))
+    return Facts("volume", (channels, x, y, z), _storable(array.dtype.name, path), space=space, few_values=few)
+
+
+def _few_values(array: np.ndarray) -> tuple[int, ...]:
+    """Values of what may be a label map, or nothing."""
+    low, high = float(array.min()), float(array.max())
+    if low < 0 or high > 255 or low == high or (array.dtype.kind == "f" and not (array == np.rint(array)).all()):
+        return ()
+    counts = np.bincount(array.astype(np.uint8).ravel(), minlength=256)
+    return tuple(np.flatnonzero(counts).tolist()) if np.count_nonzero(counts) <= _FEW else ()
 
 
 def _npy(path: Path) -> np.ndarray:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from distkd.base import UNLABELLED
 from distkd.data.manifest import SPLITS, Fold, Split
-from distkd.data.raw.table import Problems, Roles, Row, TableOptions
+from distkd.data.raw.table import Roles, Row, TableOptions
+from distkd.data.raw.table_problems import Problems, first_few
 from distkd.data.splits import hold_out, label_of_patient, patient_folds
 from distkd.errors import DataError
 
@@ -28,7 +29,7 @@ def make_folds(
 ) -> tuple[list[Fold], str]:
     """Folds and their rule in words; a class that is unknown is -1 in `labels`, and all are 0 of a segmentation."""
     stratum = label_of_patient([row.patient for row in rows], labels)
-    before = len(problems.lines)
+    before = problems.count
     try:
         if "split" in roles.columns:
             made = _by_split(rows, stratum, options.val_share, seed, problems)
@@ -37,11 +38,12 @@ def make_folds(
         else:
             patients = [row.patient for row in rows]
             folds = patient_folds(patients, labels, n_folds=options.folds, val_share=options.val_share, seed=seed)
-            made = folds, f"{options.folds} folds by patient, stratified by label{_held(options.val_share)}"
+            stratified = "" if roles.is_segmentation else ", stratified by label"
+            made = folds, f"by patient{stratified}{_held(options.val_share)}"
     except DataError as error:
         problems.add(str(error))
         return [], ""
-    if len(problems.lines) == before:
+    if problems.count == before:
         for number, fold in enumerate(made[0]):
             empty = [split for split in ("train", "test") if not fold.patients(split)]
             if empty:
@@ -76,10 +78,13 @@ def _by_fold(
         if not (row.part.isdecimal() and len(row.part) < 5):
             problems.add(f"it is {row.part!r}, expected a number from 0", row=row.line, column="fold")
     numbers = sorted({int(row.part) for row in rows if row.part.isdecimal() and len(row.part) < 5})
+    first = 1 if len(numbers) > 1 and numbers == list(range(1, len(numbers) + 1)) else 0
+    if first:
+        problems.note(f"column 'fold' counts from 1: fold 1 of the table is fold 0 of the set, of {len(numbers)} folds")
     n_folds = max(numbers, default=0) + 1
-    absent = sorted(set(range(n_folds)) - set(numbers)) if n_folds <= 2 * len(rows) else []
+    absent = sorted(set(range(first, n_folds)) - set(numbers)) if n_folds <= 2 * len(rows) else []
     if n_folds < 2 or absent:
-        missing = f"no row of fold {', '.join(map(str, absent[:5]))}" if absent else f"{n_folds} fold"
+        missing = f"no row of fold {first_few(absent)}" if absent else f"{n_folds} fold"
         problems.add(f"it has {missing}, expected numbers from 0 without a gap, 2 folds or more", column="fold")
     part_of = _one_part(
         rows, {row.part: str(int(row.part)) if row.part.isdecimal() else row.part for row in rows}, "fold", problems
@@ -88,7 +93,7 @@ def _by_fold(
     for number in numbers:
         test = sorted(p for p, part in part_of.items() if part == str(number) and stratum[p] != UNLABELLED)
         rest = [patient for patient, part in part_of.items() if part != str(number)]
-        train, val = _held_out(rest, stratum, share, (seed, number))
+        train, val = _held_out(rest, stratum, share, (seed, number - first))
         folds.append(Fold(train=train, val=val, test=test))
     return folds, f"the column 'fold', each tested once{_held(share)}"
 

@@ -17,9 +17,12 @@ from distkd.base import UNLABELLED
 from distkd.data.manifest import Fold, Modality, Space
 from distkd.data.progress import track
 from distkd.data.raw.nifti import Frame, same_affine
-from distkd.data.raw.table import Problems, Roles, Row, TableOptions, class_names, read_cells, read_roles, read_rows
+from distkd.data.raw.table import Roles, Row, TableOptions, read_cells, read_roles, read_rows
 from distkd.data.raw.table_files import Facts, Stored, load_labels, look
 from distkd.data.raw.table_folds import make_folds
+from distkd.data.raw.table_labels import class_names
+from distkd.data.raw.table_notes import add_notes
+from distkd.data.raw.table_problems import Problems
 from distkd.data.raw.volume_parts import input_parts, target_parts
 from distkd.errors import DataError
 
@@ -51,23 +54,28 @@ def examine(table: Path, options: TableOptions, problems: Problems, *, seed: int
         every_value: read the files to their ends; otherwise their headers alone.
 
     Raises:
-        DataError: the table cannot be read at all.
+        DataError: the table cannot be read at all, or the classes of its target are not named.
     """
-    header, cells = read_cells(table, problems)
+    header, cells, decimal_comma = read_cells(table, problems)
     roles = read_roles(header, cells, options, problems)
-    rows = read_rows(cells, roles, table.parent, problems)
-    if roles.is_segmentation:
-        names, label_of = list(options.classes), dict[str, int]()
-        if len(set(names)) < max(2, len(names)) or "" in names:
-            problems.add("a target needs --classes: the names of its values 0, 1, 2... in order, the background first")
-    else:
+    names, label_of = list(options.classes), dict[str, int]()
+    if roles.is_segmentation and (len(set(names)) < max(2, len(names)) or "" in names):
+        # without them every label map would seem to be wrong
+        raise DataError(
+            f"table {str(table)!r} has a target, which needs --classes: the names of its values 0, 1, 2... in order, "
+            "the background first, such as --classes background,tumour"
+        )
+    rows = read_rows(cells, roles, table.parent, problems, decimal_comma=decimal_comma)
+    is_labelled = not roles.is_segmentation and "label" in roles.columns
+    if is_labelled:
         names, label_of = class_names(rows, options, problems)
     plan = Plan(table, roles, rows, [label_of.get(row.label, UNLABELLED) for row in rows], names=names)
     stratum = [0] * len(rows) if roles.is_segmentation else plan.labels
-    if "patient" in roles.columns and rows:
+    if "patient" in roles.columns and rows and (is_labelled or roles.is_segmentation):
         plan.folds, plan.rule = make_folds(rows, stratum, roles, options, seed, problems)
     plan.facts = _look_at_files(plan, options.threads, every_value, problems)
     _describe(plan, options, problems)
+    add_notes(plan, problems)
     return plan
 
 
@@ -194,22 +202,29 @@ def _one_shape(
 
 def space_of(plan: Plan, row: Row) -> Space | None:
     """Of a row's volumes: that of a NIfTI file, if there is one; an npy file does not know where it lies."""
-    spaces = [(path.name.lower().endswith(".npy"), plan.facts[path].space) for path in row.files.values()]
-    return next((space for _, space in sorted(spaces, key=lambda pair: pair[0]) if space is not None), None)
+    spaces = [space for path in row.files.values() if (space := plan.facts[path].space) is not None]
+    return min(spaces, key=lambda space: space.affine is None, default=None)
 
 
 def _check_frames(plan: Plan, problems: Problems) -> None:
     """The volumes of a sample have one shape, and its NIfTI files one affine."""
     for row in plan.rows:
-        frames = {
-            name: (path.name.lower().endswith(".npy"), Frame(space.shape, space.affine, space.spacing, ""))
+        spaces = {
+            name: space
             for name, path in row.files.items()
             if path in plan.facts and (space := plan.facts[path].space) is not None
         }
-        first, *others = sorted(frames, key=lambda name: frames[name][0]) or [""]
+        first, *others = sorted(spaces, key=lambda name: spaces[name].affine is None) or [""]
         for other in others:
-            (_, one), (placeless, two) = frames[first], frames[other]
+            one, two = spaces[first], spaces[other]
             if one.shape != two.shape:
                 problems.add(f"{first} has {one.shape} voxels, {other} has {two.shape}; register them", row=row.line)
-            elif not placeless and not same_affine(one, two):
+            elif not _same_place(one, two):
                 problems.add(f"{first} and {other} have different affines; register them", row=row.line)
+
+
+def _same_place(one: Space, two: Space) -> bool:
+    """As far as the files know."""
+    if one.affine is None or two.affine is None or one.spacing is None or two.spacing is None:
+        return True
+    return same_affine(Frame(one.shape, one.affine, one.spacing, ""), Frame(two.shape, two.affine, two.spacing, ""))

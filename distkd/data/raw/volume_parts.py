@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from distkd.data.manifest import Modality
+from distkd.data.manifest import SHOWN, Modality
 from distkd.data.volumes import STATISTICS, foreground_points, volume_statistics
 from distkd.data.zarr import default_chunk
+from distkd.errors import DataError
 from distkd.ops.draws import fold_in, text_key
 
 __all__ = ["Compression", "input_parts", "input_values", "target_parts", "target_values"]
@@ -82,6 +83,19 @@ def input_values(name: str, volume_CXYZ: np.ndarray) -> dict[str, np.ndarray]:
 def target_values(
     name: str, target_CXYZ: np.ndarray, values: Sequence[int], *, seed: int, sample: str
 ) -> dict[str, np.ndarray]:
-    """Values for `target_parts`; the places, of all labels but the background, are drawn by (seed, sample)."""
+    """Values for `target_parts`; the places, of all labels but the background, are drawn by (seed, sample).
+
+    Raises:
+        DataError: the map holds a value that is no class.
+    """
+    wrong = ~np.isin(target_CXYZ, list(values))
+    if wrong.any():
+        found, counts = np.unique(target_CXYZ[wrong], return_counts=True)
+        some = ", ".join(f"{value:g} at {n} voxels" for value, n in zip(found[:SHOWN], counts, strict=False))
+        more = f" and {len(found) - SHOWN} more values" if len(found) > SHOWN else ""
+        raise DataError(
+            f"the label map {name!r} of sample {sample!r} holds {some}{more}, expected {list(values)}: the values of "
+            "its classes; mend the map or leave the sample out"
+        )
     key = fold_in(torch.tensor(seed), text_key(sample))
     return {name: target_CXYZ, f"{name}_points": foreground_points(target_CXYZ, values[1:], N_POINTS, key)}

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import threading
 import time
 import weakref
@@ -89,7 +90,7 @@ class NodeCache:
         limit_bytes: of all files together, those of other sets and runs included.
 
     Raises:
-        DataError: the folder cannot be made or written to.
+        DataError: the folder cannot be made or written to, or somebody else could change what is in it.
     """
 
     def __init__(self, folder: Path, limit_bytes: int):
@@ -100,6 +101,7 @@ class NodeCache:
         with self._in_words("the folder"):
             folder.mkdir(parents=True, exist_ok=True)
             self.root.mkdir(mode=0o700, exist_ok=True)  # patients' data, perhaps below a folder that all can read
+            self._check_ours()
         _caches.add(self)
 
     def take(self, item: Item, fill: Fill, wait: Wait) -> Path:
@@ -188,6 +190,23 @@ class NodeCache:
     def __del__(self) -> None:
         if hasattr(self, "_held"):
             self.close()
+
+    def _check_ours(self) -> None:
+        """In a folder such as /tmp anybody can have made one of this name, and would own what is read from it."""
+        state = self.root.lstat()
+        rights = stat.S_IMODE(state.st_mode)
+        if not stat.S_ISDIR(state.st_mode):
+            fault = "it is a link or a file, expected a folder"
+        elif state.st_uid != os.getuid():
+            fault = f"it belongs to user {state.st_uid}, expected {os.getuid()}, who runs this"
+        elif rights & (stat.S_IWGRP | stat.S_IWOTH):
+            fault = f"its rights are {rights:o}, so others can write to it, expected 700"
+        else:
+            return
+        raise DataError(
+            f"the cache folder {str(self.root)!r} cannot be trusted: {fault}; remove it, or choose a folder of "
+            f"your own with {FOLDER_KEY}"
+        )
 
     def _hold(self, name: str, descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)

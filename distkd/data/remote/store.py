@@ -1,7 +1,7 @@
 """A shard set behind a URL or a command, through a cache that the processes of a node share.
 
 A shard is fetched once a node, checked against the manifest's SHA-256, and kept while there is room. Readers ask for
-the path of a file by its number in the manifest and say when they are done: `ShardFiles`, which a local folder is, too.
+the path of a file by its number in the manifest and say when they are done: `ShardFiles`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from distkd.data.manifest import MANIFEST, Manifest, read_manifest
+from distkd.data.manifest import MANIFEST, Manifest
+from distkd.data.manifest_file import read_manifest
 from distkd.data.remote.node_cache import Cancelled, Item, NodeCache, Wait
 from distkd.data.remote.prefetch import Ahead
 from distkd.data.remote.transport import TransferError, address, check_name, check_url, masked, open_stream
 from distkd.errors import DataError
 
-__all__ = ["LocalFiles", "RemoteStore", "ShardFiles"]
+__all__ = ["RemoteStore", "ShardFiles"]
 
 _MAX_MANIFEST_BYTES = 1 << 30
 _FRESH_S = 600.0
@@ -42,19 +43,6 @@ class ShardFiles(Protocol):
     def release(self, number: int) -> None:
         """What `path` gave is closed; once for each call of `path`."""
         ...
-
-
-class LocalFiles:
-    """The files of a folder."""
-
-    def __init__(self, folder: Path, manifest: Manifest):
-        self._folder, self._manifest = folder, manifest
-
-    def path(self, number: int) -> Path:
-        return self._folder / self._manifest.shards[number].file
-
-    def release(self, number: int) -> None:
-        """Nothing to do: the files stay."""
 
 
 class RemoteStore:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distkd.cli import main
 from distkd.data.look import show as show_module
 from distkd.data.look.cards import CardMaker
 from distkd.data.look.info import info, size_words, verified
@@ -20,9 +24,11 @@ from distkd.data.look.show import show
 from distkd.data.look.slices import PLANES, Plane, class_numbers, colour_map, overlay, view_of, window
 from distkd.data.look.summary import missing_notes, summary
 from distkd.data.manifest import Description, Fold, Modality, Space
+from distkd.data.raw.nifti import write_map
 from distkd.data.shardset import ShardSet
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError
+from tests.data.remote.serve import Server
 from tests.data.toy import open_toy
 
 # Shapes: XYZ voxels in the order of the file, H W pixels
@@ -194,11 +200,12 @@ def test_a_set_without_checksums_of_values_says_so(tmp_path: Path):
     assert "checksums SHA-256 of each file, none of single values" in info(old)
 
 
-def test_what_was_verified_is_counted(toy: ShardSet, brains: ShardSet):
+def test_what_was_verified_is_counted(toy: ShardSet, tmp_path: Path):
     assert verified(toy, 2).startswith("checked 3 files, ")
     assert "48 samples with 128 values" in verified(toy, 1)
-    assert " 6 samples with 21 values in " in verified(brains)
-    assert verified(brains, 1).endswith(f"1 thread\n{brains.folder}: every byte is as the manifest says")
+    volumes = placeless(tmp_path / "shards")
+    assert " 2 samples with 4 values in " in verified(volumes)
+    assert verified(volumes, 1).endswith(f"1 thread\n{volumes.folder}: every byte is as the manifest says")
 
 
 @pytest.mark.parametrize(("n_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.2 kB"), (5e10, "50.0 GB")])
@@ -247,11 +254,16 @@ def test_pictures_are_radiological():
     assert (sagittal[1:, 0] == 2).all()
 
 
-@pytest.mark.parametrize("affine", [np.zeros((4, 4)), np.diag([1.0, 0.0, 0.0, 1.0])])
-def test_an_affine_that_says_nothing_is_taken_as_it_comes(affine: np.ndarray):
-    view = view_of(space_of(affine, SHAPE))
-    assert (view.axes, view.ascending) == ((0, 1, 2), (True, True, True))
-    assert np.isfinite([view.picture_aspect(plane) for plane in PLANES]).all()
+def test_without_an_affine_slices_are_those_of_the_array():
+    array = volume("flair", 0)
+    view = view_of(Space(shape=SHAPE))
+    assert [plane.at(3) for plane in view.planes] == ["axis 0, 3", "axis 1, 3", "axis 2, 3"]
+    for axis, plane in enumerate(view.planes):
+        start, size = view.box(plane, 3)
+        x, y, z = (slice(a, a + n) for a, n in zip(start, size, strict=True))
+        np.testing.assert_array_equal(view.turn(plane, array[x, y, z]), array.take(3, axis=axis))
+        assert plane.letters == ("", "")
+        assert view.pixel_aspect(plane) == 1
 
 
 def test_slices_go_through_most_of_the_target_or_the_middle():
@@ -412,7 +424,7 @@ def test_long_vectors_are_curves_of_one_scale(tmp_path: Path):
     first, second, third = (cards[number].rows[0][0] for number in range(3))
     assert isinstance(first.content, Curve)
     assert isinstance(second.content, Curve)
-    assert first.content.limits == second.content.limits == (np.nanmin(values), np.nanmax(values))
+    assert first.content.limits == second.content.limits == pytest.approx(np.nanpercentile(values, (1, 99)))
     assert second.caption == "rna, 1 of 20 missing"
     assert third.content == Words(["all values missing"], centred=True)
     assert cards[0].title == ["g0", "a"]  # the patient's name is the key
@@ -446,17 +458,18 @@ def test_a_target_image_lies_on_images_of_its_size(tmp_path: Path):
         assert tinted == (["photo"] if name else ["mask"])
 
 
-def test_samples_are_of_different_patients_and_complete_first(toy: ShardSet, sheets: list[Sheet]):
-    shown = show(toy, Path("unused.png"), per_class=3)
+def test_samples_are_of_different_patients_and_each_combination_is_among_them(toy: ShardSet, sheets: list[Sheet]):
     samples = toy.manifest.samples
-    for label in (0, 1):
-        members = [number for number in shown.samples if samples.label[number] == label]
-        assert len({samples.patient[number] for number in members}) == 3
-        assert all(samples.bytes["gene"][number] is not None for number in members)
+    for per_class, gaps in ((1, [False]), (3, [False, False, True])):  # complete ones first
+        shown = show(toy, Path("unused.png"), per_class=per_class)
+        for label in (0, 1):
+            members = [number for number in shown.samples if samples.label[number] == label]
+            assert len({samples.patient[number] for number in members}) == per_class
+            assert [samples.bytes["gene"][number] is None for number in members] == gaps
     every = show(toy, Path("unused.png"), per_class=24)
     assert len(every.samples) <= 48
     assert len(set(every.samples)) == len(every.samples)
-    assert [len(row) for row in sheets[0].cards] == [3, 3]  # a row a class
+    assert [len(row) for row in sheets[1].cards] == [3, 3]  # a row a class
 
 
 def test_keys_are_shown_in_the_order_given_and_once(toy: ShardSet, sheets: list[Sheet]):
@@ -491,7 +504,119 @@ def test_what_does_not_fit_on_the_page_is_said(tmp_path: Path, sheets: list[Shee
     assert shown.left_out == ["only 144 of 300 samples: the page is full; name the others in a second call"]
 
 
+def test_one_outlier_does_not_flatten_the_curves(tmp_path: Path):
+    values = np.linspace(0, 1, 2000, dtype=np.float32)
+    values[7] = 1e6
+    description = Description(
+        task="genes",
+        class_names=["a", "b"],
+        modalities={"rna": Modality(kind="vector", dtype="float32", shape=(2000,), codec="npy")},
+        source="made by the tests",
+        licence="none",
+    )
+    with ShardWriter(tmp_path / "shards", description) as writer:
+        writer.add("g", {"rna": values}, patient="g", label=0)
+        writer.split([Fold(train=["g"], val=[], test=[])], rule="all", seed=None)
+    shard_set = ShardSet(tmp_path / "shards")
+    content = CardMaker(shard_set, fold=None).cards([0])[0].rows[0][0].content
+    assert isinstance(content, Curve)
+    assert content.limits[1] < 1
+    show(shard_set, tmp_path / "samples.png")
+
+
+def placeless(folder: Path) -> ShardSet:
+    """Two volumes and a vector that no file places in a patient."""
+    description = Description(
+        task="arrays",
+        container="zarr",
+        class_names=["a", "b"],
+        modalities={
+            "ct": Modality(kind="volume", dtype="int16", shape=(1, *SHAPE), codec="zarr", chunk=(1, 7, 6, 5)),
+            "age": Modality(kind="vector", dtype="float32", shape=(4000,), codec="zarr"),
+        },
+        source="made by the tests",
+        licence="none",
+    )
+    with ShardWriter(folder, description) as writer:
+        for number in range(2):
+            arrays = {"ct": volume("ct", number)[None], "age": np.zeros(4000, np.float32)}
+            writer.add(f"c{number}", arrays, patient=f"p{number}", label=number, space=Space(shape=SHAPE))
+        writer.split([Fold(train=["p0"], val=[], test=["p1"])], rule="by hand", seed=None)
+    return ShardSet(folder)
+
+
+def test_anatomy_that_is_not_known_is_not_claimed(tmp_path: Path, sheets: list[Sheet]):
+    shard_set = placeless(tmp_path / "shards")
+    lines = words(info(shard_set))
+    assert ["2", "14", "x", "12", "x", "10", "unknown", "unknown"] in lines
+    assert "spaces: 1 shape 14 x 12 x 10 voxels, spacing unknown" in info(shard_set)
+    space = json.loads(summary(shard_set).to_json())["spaces"][0]
+    assert (space["spacing"], space["orientation"]) == (None, None)
+    show(shard_set, Path("unused.png"))
+    card = sheets[0].cards[0][0]
+    assert list(card.row_names)[:3] == ["axis 0, 7", "axis 1, 6", "axis 2, 5"]
+    for row in card.rows[:3]:
+        assert isinstance(row[0].content, Picture)
+        assert row[0].content.letters == ("", "")
+    assert not any("radiological" in note for note in sheets[0].notes)
+    with pytest.raises(DataError, match=r"the sample has no affine, as its volumes came as \.npy"):
+        write_map(tmp_path / "map.nii", np.zeros(SHAPE, np.uint8), Space(shape=SHAPE))
+
+
+def test_padded_blocks_of_vectors_are_no_largest_shard(tmp_path: Path):
+    found = summary(placeless(tmp_path / "shards"))
+    assert found.largest.file.startswith("volumes.zarr/ct/")
+    age = next(line for line in words(info(placeless(tmp_path / "more"))) if line[:2] == ["age", "vector"])
+    assert age[-2:] == ["-", "0"]  # no ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "kind"),
+    [("x.jpg", "x.jpg", "JPEG"), ("x.PNG", "x.PNG", "PNG"), ("x", "x.png", "PNG")],
+)
+def test_the_name_says_the_kind_of_the_picture(toy: ShardSet, tmp_path: Path, name: str, written: str, kind: str):
+    assert show(toy, tmp_path / name, per_class=1).path == tmp_path / written
+    with Image.open(tmp_path / written) as image:
+        assert image.format == kind
+
+
+# the command
+
+
+def test_the_manifest_stands_for_its_folder(toy_folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["shards", "info", str(toy_folder / "manifest.json")]) == 0
+    assert f"{toy_folder}: task 'toy'" in capsys.readouterr().out
+
+
+def test_sets_are_looked_at_by_url(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    with Server(toy_folder) as server:
+        assert main(["shards", "info", server.url]) == 0
+        assert f"{server.url}: task 'toy'" in capsys.readouterr().out
+        assert main(["shards", "show", f"{server.url}/manifest.json", "--per-class", "1"]) == 0
+        assert (tmp_path / "samples.png").is_file()
+        capsys.readouterr()
+        assert main(["shards", "verify", server.url]) == 2
+    assert "is remote: each shard is compared with its SHA-256 when it is fetched" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(toy_folder: Path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "distkd.cli", "shards", "info", str(toy_folder)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 # what goes wrong
+
+
+def test_an_unknown_kind_of_picture_is_refused(toy: ShardSet, tmp_path: Path):
+    with pytest.raises(DataError, match=r"unknown kind '\.gif', expected \.png, \.jpg, \.jpeg; choose another name"):
+        show(toy, tmp_path / "x.gif")
 
 
 def test_unknown_samples_are_named_with_the_closest(toy: ShardSet, tmp_path: Path):

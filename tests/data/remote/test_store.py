@@ -24,7 +24,7 @@ from distkd.data.manifest import MANIFEST, Manifest
 from distkd.data.remote import node_cache, transport
 from distkd.data.remote import store as store_module
 from distkd.data.remote.node_cache import CacheFullError
-from distkd.data.remote.store import LocalFiles, RemoteStore
+from distkd.data.remote.store import RemoteStore
 from distkd.data.remote.transport import TransferError, address, check_url, is_url, masked, open_stream
 from distkd.errors import ConfigError, DataError
 from tests.data.remote.serve import Handler, Server
@@ -130,10 +130,24 @@ def test_folders_and_commands_give_the_same(source: Path, cache: Path, url: str)
             assert store.path(number).read_bytes() == (source / shard.file).read_bytes()
 
 
-def test_a_local_folder_has_the_same_interface(made: tuple[Path, Manifest]):
-    files = LocalFiles(*made)
-    assert files.path(1) == made[0] / "toy-000001.tar"
-    files.release(1)
+def test_a_cache_that_others_could_change_is_refused(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    open_store(f"file://{source}", cache).close()
+    root = cache / "distkd-shards"
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    for rights in (0o770, 0o702):
+        root.chmod(rights)
+        with pytest.raises(DataError, match=rf"rights are {rights:o}, so others can .* with data\.stream\.cache$"):
+            open_store(f"file://{source}", cache)
+    root.chmod(0o755)  # that others can read it is the owner's matter
+    open_store(f"file://{source}", cache).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        with pytest.raises(DataError, match=r"cannot be trusted: it belongs to user \d+, expected 12345"):
+            open_store(f"file://{source}", cache)
+    root.rename(cache / "elsewhere")
+    root.symlink_to(cache / "elsewhere")
+    with pytest.raises(DataError, match="cannot be trusted: it is a link or a file, expected a folder; remove it"):
+        open_store(f"file://{source}", cache)
 
 
 def test_a_folder_s_name_may_hold_signs_that_urls_escape(source: Path, tmp_path: Path):
