@@ -33,6 +33,8 @@ class DataError(DistkdError):
     """A shard, a manifest, a raw file or a split is wrong."""
 
     kind = "data"
+    shared = False
+    """Whether all ranks raise it alike, in the middle of a run, so that one of them speaks."""
 
 
 class SampleError(DataError):

@@ -69,7 +69,11 @@ class Unreadable:
         """
         for samples in by_rank:
             self.everywhere.update(samples)
-        self.check(len(self.everywhere))
+        try:
+            self.check(len(self.everywhere))
+        except DataError as error:
+            error.shared = True
+            raise
 
     def check(self, count: int) -> None:
         """Stop at more than the limit.

@@ -90,7 +90,9 @@ def evaluate(
     failure: DistkdError | None = None
     n = len(dataset.split_samples(split))
     if not any(part[0] for part in parts):
-        raise DataError(f"none of the {n} samples of split {split!r} can be read; run `distkd shards verify`")
+        error = DataError(f"none of the {n} samples of split {split!r} can be read; run `distkd shards verify`")
+        error.shared = True
+        raise error
     if world.is_main:
         sample_N = np.concatenate([array for part in parts for array in part[0]])
         log_NC = np.concatenate([array for part in parts for array in part[1]])

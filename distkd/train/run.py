@@ -186,7 +186,7 @@ def met_alone(error: BaseException, folder: Path) -> BaseException:
     if isinstance(error, OSError) and error.errno in _DISK:
         error = DiskError(f"cannot write to {folder}: {error.strerror}; make room, then start again to resume")
         error.local = True
-    if isinstance(error, DataError):
+    if isinstance(error, DataError) and not error.shared:
         error.local = True  # a sample that only this rank reads
     return error
 
