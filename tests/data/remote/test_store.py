@@ -9,14 +9,11 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,85 +21,21 @@ from distkd.data.manifest import MANIFEST, Manifest
 from distkd.data.remote import node_cache, transport
 from distkd.data.remote import store as store_module
 from distkd.data.remote.node_cache import CacheFullError
-from distkd.data.remote.store import RemoteStore
-from distkd.data.remote.transport import TransferError, address, check_url, is_url, masked, open_stream
-from distkd.errors import ConfigError, DataError
+from distkd.errors import DataError
+from tests.data.remote.common import (
+    MIB,
+    SHARD,
+    bytes_on_disk,
+    cached,
+    ended,
+    flipped,
+    leftovers,
+    open_store,
+)
 from tests.data.remote.serve import Handler, Server
 from tests.data.toy import write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-MIB = 1 << 20
-SHARD = "toy-000000.tar"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("remote") / "set"
-    return folder, write_toy(folder, shard_bytes=12_000)
-
-
-@pytest.fixture
-def source(made: tuple[Path, Manifest], tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
-    return Path(shutil.copytree(made[0], tmp_path / "set"))
-
-
-@pytest.fixture
-def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "*")
-    with Server(source) as running:
-        yield running
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-def open_store(url: str, cache: Path, limit_bytes: int = 64 * MIB, **options: Any) -> RemoteStore:
-    return RemoteStore(url, cache, limit_bytes, **{"backoff_s": 0.0, "wait_s": 0.0, **options})
-
-
-@pytest.fixture
-def in_child() -> Iterator[Callable[[Callable[[], object]], int]]:
-    """Starts a process that does some work and leaves with 0, or 1 where it fails; none outlives the test."""
-    children: list[int] = []
-
-    def start(work: Callable[[], object]) -> int:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                work()
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-        return child
-
-    yield start
-    for child in children:
-        with suppress(ChildProcessError):  # whose end was waited for
-            if os.waitpid(child, os.WNOHANG) == (0, 0):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def bytes_on_disk(cache: Path) -> int:
-    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
-
-
-def leftovers(cache: Path) -> list[str]:
-    return [path.name for path in cache.rglob("*.part")]
-
-
-def cached(cache: Path) -> set[str]:
-    return {path.name for path in cache.rglob("*.tar")}
 
 
 def test_a_file_is_fetched_at_its_first_use_only(server: Server, source: Path, cache: Path):
@@ -256,161 +189,6 @@ def test_what_a_killed_process_left_makes_room(source: Path, cache: Path, wanted
     with open_store(f"file://{source}", cache, limit) as store:
         store.path(wanted)
     assert leftovers(cache) == []
-
-
-def flipped(handler: Handler, body: bytes, turn: int) -> None:
-    handler.reply(body[:700] + bytes([body[700] ^ 1]) + body[701:])
-
-
-def short(handler: Handler, body: bytes, turn: int) -> None:
-    handler.reply(body[:1000], length=len(body))
-
-
-def long(handler: Handler, body: bytes, turn: int) -> None:
-    handler.reply(body + b"more")
-
-
-def busy(handler: Handler, body: bytes, turn: int) -> None:
-    handler.send_error(503)
-
-
-def silent(handler: Handler, body: bytes, turn: int) -> None:
-    handler.wfile.close()
-
-
-@pytest.mark.parametrize(
-    "answer, found",
-    [
-        (flipped, r"SHA-256 [0-9a-f]{12}\.\.\., manifest says [0-9a-f]{12}\.\.\.; copy the shard set there again"),
-        (short, r"1000 bytes, manifest says \d+; copy the shard set there again"),
-        (long, r"more than \d+ bytes, manifest says that; copy the shard set there again"),
-        (busy, r"HTTP status 503 Service Unavailable; check the address, the rights and the network"),
-        (silent, r"the connection broke \(.+\); check the address"),
-    ],
-)
-def test_trouble_is_named_after_three_attempts(server: Server, cache: Path, answer: Any, found: str):
-    server.answers[SHARD] = answer
-    with open_store(server.url, cache) as store:
-        with pytest.raises(
-            DataError, match=rf"^cannot fetch '{SHARD}' from '{server.url}/{SHARD}', attempt 3 of 3: {found}"
-        ):
-            store.path(0)
-        assert server.asked.count(SHARD) == 3
-        assert leftovers(cache) == []
-        assert cached(cache) == set()
-        del server.answers[SHARD]
-        store.path(0)  # mended there: goes on
-
-
-def test_what_is_not_there_is_asked_for_once(server: Server, source: Path, cache: Path):
-    (source / SHARD).unlink()
-    with open_store(server.url, cache) as store, pytest.raises(DataError, match=r"attempt 1 of 3: HTTP status 404 Not"):
-        store.path(0)
-    assert server.asked.count(SHARD) == 1
-    with (
-        open_store(f"file://{source}", cache) as store,
-        pytest.raises(DataError, match=rf"from 'file://{source}/{SHARD}', attempt 1 of 3: No such file"),
-    ):
-        store.path(0)
-
-
-@pytest.mark.parametrize("status", [500, 429])
-def test_passing_trouble_is_overcome(server: Server, source: Path, cache: Path, status: int):
-    def answer(handler: Handler, body: bytes, turn: int) -> None:
-        if turn < 3:
-            handler.send_error(status)
-        else:
-            handler.reply(body)
-
-    server.answers[SHARD] = answer
-    with open_store(server.url, cache) as store:
-        assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
-    assert server.asked.count(SHARD) == 3
-
-
-def test_waits_grow_and_differ(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    server.answers[SHARD] = busy
-    waits: list[float] = []
-    with open_store(server.url, cache, backoff_s=0.5) as store:
-        store.manifest()
-        monkeypatch.setattr(store._never, "wait", waits.append)
-        with pytest.raises(DataError, match="attempt 3 of 3"):
-            store.path(0)
-    assert len(waits) == 2
-    assert 0.25 <= waits[0] <= 0.75
-    assert 0.5 <= waits[1] <= 1.5
-    assert waits[1] != 2 * waits[0]
-
-
-def test_a_server_that_stops_sending_is_given_up(server: Server, cache: Path):
-    stop = threading.Event()
-
-    def answer(handler: Handler, body: bytes, turn: int) -> None:
-        handler.reply(body[:100], length=len(body))
-        stop.wait(10)
-
-    server.answers[SHARD] = answer
-    with open_store(server.url, cache, stall_s=0.1, attempts=1) as store:
-        store.manifest()
-        with pytest.raises(DataError, match=r"attempt 1 of 1: the connection broke \(timed out\)"):
-            store.path(0)
-    stop.set()
-
-
-def test_no_server_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # nobody listens there
-        with (
-            open_store(f"http://127.0.0.1:{taken.getsockname()[1]}/set", cache) as store,
-            pytest.raises(DataError, match=r"cannot fetch 'manifest\.json' from .*: no connection \(.*refused.*\)"),
-        ):
-            store.manifest()
-
-
-@pytest.mark.parametrize(
-    "command, found",
-    [
-        ("exit 7 # {}", "exit code 7"),
-        ("head -c 100 SOURCE/{}; exit 3", "exit code 3"),
-        ("kill -9 $$ # {}", "the command was killed by signal 9"),
-        ("head -c 100 SOURCE/{}", r"100 bytes, manifest says \d+"),
-        ("exec sleep 20 # {}", r"no byte for 0\.2 s"),
-        ("cat SOURCE/{}; exec 1>&-; exec sleep 20", r"the command has not ended 0\.2 s after its last byte"),
-    ],
-)
-def test_a_command_s_failure_is_named(source: Path, cache: Path, command: str, found: str):
-    with open_store(f"file://{source}", cache) as store:
-        store.manifest()
-        store.url = "pipe:" + command.replace("SOURCE", str(source))
-        store._stall_s = 0.2
-        with pytest.raises(DataError, match=rf"cannot fetch '{SHARD}' from 'pipe:.*', attempt 3 of 3: {found}; "):
-            store.path(0)
-
-
-def read_all(place: str) -> bytes:
-    with open_stream(place, stall_s=5) as read:
-        return b"".join(iter(read, b""))
-
-
-def test_a_failing_command_is_seen_when_webdataset_is_verbose(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("GOPEN_VERBOSE", "1")  # it forgets the exit code then
-    with pytest.raises(TransferError, match="exit code 3"):
-        read_all("pipe:echo x; exec 1>&-; sleep 0.05; exit 3")
-
-
-def test_an_aborted_command_ends():
-    started = time.monotonic()
-    with suppress(KeyError), open_stream("pipe:echo x; exec sleep 20", stall_s=5) as read:
-        assert read()
-        raise KeyError
-    assert time.monotonic() - started < 15
-
-
-def test_a_command_cannot_be_run_in_webdataset_s_secure_mode(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("webdataset.utils.enforce_security", True)
-    with pytest.raises(TransferError, match=r"webdataset's gopen refuses it \(ValueError\)"):
-        read_all("pipe:cat x")
 
 
 def test_the_cache_keeps_within_its_limit_and_drops_the_least_recently_used(source: Path, cache: Path):
@@ -797,89 +575,3 @@ def test_closing_ends_a_slow_download(server: Server, cache: Path, monkeypatch: 
     assert store.n_fetched == 1  # the manifest
     assert leftovers(cache) == []
     assert cached(cache) == set()
-
-
-def test_user_and_password_go_into_the_header_and_not_into_messages(server: Server, cache: Path):
-    server.answers[SHARD] = busy
-    host = server.url.removeprefix("http://")
-    with open_store(f"http://annabel:pa%20ss@{host}?sig=secret&x=1", cache) as store:
-        with pytest.raises(DataError) as caught:
-            store.path(0)
-        assert server.headers[0]["Authorization"] == "Basic YW5uYWJlbDpwYSBzcw=="
-        assert server.paths[:2] == [f"/set/{MANIFEST}?sig=secret&x=1", f"/set/{SHARD}?sig=secret&x=1"]
-        assert f"'http://***@{host}/{SHARD}?***'" in str(caught.value)
-        assert caught.value.__cause__ is None
-        for text in (str(caught.value), str(store), *(path.name for path in cache.rglob("*"))):
-            assert not any(secret in text for secret in ("annabel", "pa%20ss", "pa ss", "secret"))
-
-
-def test_a_password_does_not_follow_to_another_server(server: Server, source: Path, cache: Path):
-    with Server(source) as elsewhere:
-
-        def answer(handler: Handler, body: bytes, turn: int) -> None:
-            handler.send_response(302)
-            handler.send_header("Location", f"{elsewhere.url}/{SHARD}")
-            handler.end_headers()
-
-        server.answers[SHARD] = answer
-        with open_store(server.url.replace("http://", "http://ann:pass@"), cache) as store:
-            assert store.path(0).read_bytes() == (source / SHARD).read_bytes()
-        assert "Authorization" in server.headers[0]
-        assert "Authorization" not in elsewhere.headers[0]
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("https://h/set/a.tar", "https://h/set/a.tar"),
-        ("https://u:p@h:8/set/a.tar?X-Sig=s&e=1#f", "https://***@h:8/set/a.tar?***"),
-        ("https://[h/set", "https://..."),
-        ("file:///data/a.tar", "file:///data/a.tar"),
-        ("pipe:cat /data/set/a.tar", "pipe:cat /data/set/a.tar"),
-        ("pipe:aws s3 cp s3://b/set/a.tar -", "pipe:aws ... s3://b/set/a.tar ..."),
-        ("pipe:TOKEN=abc KEY=d curl -u me:pw https://u:p@h/a.tar?s=1", "pipe:curl ... https://***@h/a.tar?***"),
-        ('pipe:curl -H "Authorization: Bearer abc" "https://h/a.tar?s=1&t=2"', "pipe:curl ... https://h/a.tar?***"),
-        ("pipe:sh -c 'curl -u me:pw https://u:p@h/a?s=1&x=2'", "pipe:sh ... https://***@h/a?***"),
-        ("pipe:curl 'unclosed --token abc", "pipe:curl ..."),
-        ("pipe:$(secret)", "pipe:..."),
-        ("pipe:", "pipe:..."),
-    ],
-)
-def test_secrets_are_masked(text: str, shown: str):
-    assert masked(text) == shown
-
-
-@pytest.mark.parametrize(
-    "url, expected",
-    [
-        ("https://h/set", "https://h/set/a.tar"),
-        ("https://h/set/?sig=1", "https://h/set/a.tar?sig=1"),
-        ("https://h/get?file={}&sig=1", "https://h/get?file=a.tar&sig=1"),
-        ("pipe:gsutil cat gs://b/{}", "pipe:gsutil cat gs://b/a.tar"),
-    ],
-)
-def test_the_address_of_a_file(url: str, expected: str):
-    assert address(check_url(url), "a.tar") == expected
-
-
-@pytest.mark.parametrize(
-    "url, message",
-    [
-        ("s3://bucket/set", r"no way to read 's3://bucket/set'; available: .*gs, .*pipe.*'pipe:aws s3 cp s3://bucket"),
-        ("/data/set", "no way to read"),
-        ("pipe:aws s3 cp s3://b/set -", r"the command 'pipe:aws .*' has no \{\}, which stands for the file's name"),
-        ("https:///set", "names no host"),
-        ("https://[h/set", "is no URL"),
-        ("file://other/set", r"names a host; a folder of this machine is 'file:///path/set'"),
-    ],
-)
-def test_addresses_that_cannot_be_read_are_refused(url: str, message: str, cache: Path):
-    with pytest.raises(ConfigError, match=message):
-        open_store(url, cache)
-
-
-def test_a_url_is_told_from_a_folder():
-    assert is_url("https://h/set")
-    assert is_url("pipe:cat {}")
-    assert not is_url("/data/set")
-    assert not is_url("data/set")

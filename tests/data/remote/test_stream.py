@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +15,15 @@ from distkd.base import World
 from distkd.data.config import DataConfig
 from distkd.data.dataset import Dataset
 from distkd.data.manifest import MANIFEST, Manifest
-from distkd.data.remote.store import RemoteStore
 from distkd.data.remote.stream import StreamReader, StreamSource, eval_stream, samples_of_shards
 from distkd.data.shardset import ShardSet
 from distkd.data.splits import split_numbers
 from distkd.data.stream_plan import StreamPlan
 from distkd.errors import DataError
+from tests.data.remote.common import open_store
 from tests.data.remote.serve import Server
 from tests.data.toy import toy_arrays, write_toy
 
-MIB = 1 << 20
 EPOCHS, GLOBAL_BATCH, LANES = 2, 8, 4
 
 
@@ -41,10 +39,6 @@ def server(made: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("no_proxy", "*")
     with Server(made[0]) as running:
         yield running
-
-
-def open_store(url: str, cache: Path, limit_bytes: int = 64 * MIB, **options: Any) -> RemoteStore:
-    return RemoteStore(url, cache, limit_bytes, **{"backoff_s": 0.0, "wait_s": 0.0, **options})
 
 
 def train_samples(manifest: Manifest) -> list[np.ndarray]:
