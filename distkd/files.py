@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "digest", "read_json", "sync", "write_json", "write_text"]
+__all__ = ["atomic_folder", "digest", "read_json", "sync", "write_bytes", "write_json", "write_text"]
 
 
 def digest(path: Path) -> str:
@@ -22,10 +22,15 @@ def digest(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by way of a neighbour that is flushed to disk first."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by way of a neighbour that is flushed to disk first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from distkd.data.codec import IMAGE_FAULTS
 from distkd.data.manifest import Description, Fold, Modality
 from distkd.data.raw.recipe import Made, Skipped, arguments, raw_file, read_table, run, tables_digest
 from distkd.data.write import Encoded, Sample, ShardWriter
@@ -251,7 +252,7 @@ def _stored(path: Path, modality: Modality, fit: Fit) -> np.ndarray | Encoded:
             colour = ImageOps.exif_transpose(image).convert("RGB")
             fitted = (ImageOps.fit if fit == "crop" else ImageOps.pad)(colour, size, Image.Resampling.LANCZOS)
             return np.asarray(fitted)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except IMAGE_FAULTS as error:
         raise DataError(f"cannot read the picture {str(path)!r}: {error}; copy it again") from error
 
 

@@ -1,8 +1,9 @@
 """LC25000 lung histology tiles in grey: benign, adenocarcinoma, squamous-cell carcinoma.
 
 --raw DIR holds labels.csv (file, class_name, label, source_tile) and the images it names. Each tile is stored twice:
-`tile` at 112 px for the teacher and a box-filtered copy, `tile28` at 28 px, for the student. Grey, because colour
-alone separates the classes at any size. Folds keep all copies of an original tile together; patients are not published.
+`tile` at 112 px (--tile: any size up to the raw one) for the teacher, and a box-filtered copy, `tile28` at 28 px, for
+the student (--coarse: other sizes, or none where training makes the copies of `tile`). Grey, because colour alone
+separates the classes at any size. Folds keep all copies of an original tile together; patients are not published.
 Terms of the data: free to download for research (Borkowski et al. 2019, arXiv 1912.12142), no licence text.
 """
 
@@ -14,8 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from distkd.data.codec import IMAGE_FAULTS
 from distkd.data.manifest import Description, Modality
 from distkd.data.raw.recipe import Made, arguments, raw_file, read_table, run, tables_digest
 from distkd.data.splits import patient_folds
@@ -31,15 +33,19 @@ N_FOLDS = 5
 VAL_SHARE = 0.15
 
 
-def make(raw: Path | None, out: Path, *, coarse: tuple[int, ...] = COARSE, seed: int = 0) -> Made:
-    """Shard set of the tiles at `TILE` pixels and at each coarse size."""
+def make(raw: Path | None, out: Path, *, tile: int = TILE, coarse: tuple[int, ...] = COARSE, seed: int = 0) -> Made:
+    """Shard set of the tiles at `tile` pixels and at each coarse size."""
     if raw is None:
         raise DataError(f"no raw data; name with --raw the folder of {FOLDER}")
-    wrong = [size for size in coarse if not 1 <= size < TILE]
+    if tile < 1:
+        raise ConfigError(f"--tile is {tile}, expected a size of 1 pixel or more")
+    wrong = [size for size in coarse if not 1 <= size < tile]
     if wrong or len(set(coarse)) != len(coarse):
-        raise ConfigError(f"--coarse is {list(coarse)}, expected different sizes of 1 to {TILE - 1} pixels")
+        raise ConfigError(
+            f"--coarse is {list(coarse)}, expected different sizes below the {tile} pixels of --tile, or none"
+        )
     rows = read_table(raw_file(raw, "labels.csv", FOLDER), ["file", "class_name", "label", "source_tile"])
-    sizes = {"tile": TILE, **{f"tile{size}": size for size in coarse}}
+    sizes = {"tile": tile, **{f"tile{size}": size for size in coarse}}
     description = Description(
         task="lung_tissue",
         class_names=CLASS_NAMES,
@@ -75,41 +81,43 @@ def _sample(raw: Path, row: dict[str, str], sizes: dict[str, int]) -> Sample:
             f"{row['file']!r} has class {row['class_name']!r}, label {row['label']!r} in labels.csv, expected "
             f"{', '.join(f'{name} {label}' for label, name in enumerate(CLASS_NAMES))}; mend labels.csv"
         )
-    grey = _grey(raw_file(raw, row["file"], FOLDER))
+    grey = _grey(raw_file(raw, row["file"], FOLDER), sizes["tile"])
     arrays = {
         name: np.asarray(grey.resize((size, size), Image.Resampling.BOX))[:, :, None] for name, size in sizes.items()
     }
     return Sample(arrays, patient=f"{row['class_name']}-{row['source_tile']}", label=int(row["label"]))
 
 
-def _grey(path: Path) -> Image.Image:
+def _grey(path: Path, least: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             grey = image.convert("L")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except IMAGE_FAULTS as error:
         raise DataError(f"cannot read the image {str(path)!r}: {error}; copy it again") from error
-    if grey.width != grey.height or grey.width < TILE:
+    if grey.width != grey.height or grey.width < least:
         raise DataError(
-            f"{str(path)!r} is {grey.width} x {grey.height} px, expected a square of at least {TILE}; leave it out"
+            f"{str(path)!r} is {grey.width} x {grey.height} px, expected a square of at least {least}; leave it out, "
+            "or make all tiles smaller with --tile"
         )
     return grey
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, raw=f"folder of {FOLDER}")
+    parser.add_argument("--tile", type=int, default=TILE, metavar="PX", help=f"side of the tiles (default {TILE})")
     parser.add_argument(
         "--coarse",
         type=int,
-        nargs="+",
+        nargs="*",
         default=list(COARSE),
         metavar="PX",
-        help="sizes of the student's copies (default 28)",
+        help="sizes of the student's copies (default 28); without a number none are stored",
     )
     return run(_make, parser, argv)
 
 
 def _make(options: argparse.Namespace) -> Made:
-    return make(options.raw, options.out, coarse=tuple(options.coarse), seed=options.seed)
+    return make(options.raw, options.out, tile=options.tile, coarse=tuple(options.coarse), seed=options.seed)
 
 
 if __name__ == "__main__":

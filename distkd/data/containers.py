@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from distkd.data.checksum import crc32c
 from distkd.data.disk import told
 from distkd.data.manifest import VOLUMES, Description, Samples, Shard
 from distkd.files import digest, sync
@@ -67,8 +68,6 @@ class TarContainer:
         return [self._close(tar)]
 
     def put(self, key: str, about: Mapping[str, object], values: Mapping[str, bytes | np.ndarray]) -> Placed:
-        from google_crc32c import value as crc32c  # pyright: ignore[reportUnknownVariableType]
-
         with told(self._name, self._folder):
             if self._tar is None:
                 self._tar = _Tar(self._folder / self._name)
@@ -145,19 +144,20 @@ class _Tar:
 
 
 class ZarrContainer:
-    """One zarr group; a sample's volumes are complete when they are written, vectors at the end."""
+    """One zarr group; a sample's volumes are complete when they are written, vectors at the end.
 
-    def __init__(self, folder: Path, description: Description, finished: int):
+    Args:
+        finished: files that are complete.
+        number: of the sample to go on with; what a killed process left of later ones is no part of the set.
+    """
+
+    def __init__(self, folder: Path, description: Description, finished: int, number: int):
         from distkd.data.zarr import ZarrWriter
 
         self._folder, self._modalities = folder, description.modalities
         self._writer = ZarrWriter(folder / VOLUMES, description.modalities)
         self._n_files = finished
         self._complete: list[Shard] = []
-        self._number = 0
-
-    def start_at(self, number: int) -> None:
-        """Go on with that sample; what a killed process left of later ones is no part of the set."""
         self._number = number
         self._writer.drop_from(number)
 

@@ -13,7 +13,7 @@ from distkd.base import Batch, World
 from distkd.data.dataset import Dataset, Spare
 from distkd.data.manifest import Split
 from distkd.data.plan import Plan, eval_positions
-from distkd.data.remote.stream import StreamReader, StreamSource, eval_stream
+from distkd.data.remote.stream import StreamReader, StreamSource, eval_stream, numbers_at
 from distkd.data.stream_plan import StreamPlan
 
 __all__ = ["batches_of_step", "eval_batches", "train_batches"]
@@ -68,7 +68,7 @@ class _Order:
         plan, passes = self._plan, range(self._passes)
         if isinstance(plan, StreamPlan):
             places = [plan.local_places(step, number, self._passes, self._world) for number in passes]
-            return [self._inside(shard_B, inside_B) for shard_B, inside_B in places]
+            return [numbers_at(self._of_shard, shard_B, inside_B) for shard_B, inside_B in places]
         return [self._train[plan.local_positions(step, number, self._passes, self._world)] for number in passes]
 
     def batches(self, step: int, parts: Sequence[np.ndarray]) -> list[Batch]:
@@ -89,10 +89,6 @@ class _Order:
             return int(self._train[after] if isinstance(after, int) else self._of_shard[after[0]][after[1]])
 
         return of
-
-    def _inside(self, shard_B: np.ndarray, inside_B: np.ndarray) -> np.ndarray:
-        places = zip(shard_B.tolist(), inside_B.tolist(), strict=True)
-        return np.array([self._of_shard[shard][inside] for shard, inside in places], dtype=np.int64)
 
 
 def eval_batches(dataset: Dataset, split: Split, world: World, micro_batch: int) -> Iterator[Batch]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from distkd.data.checksum import crc32c
 from distkd.data.codec import DecodeError, decode, npy_header
 from distkd.data.consistency import places_of
 from distkd.data.manifest import VOLUMES, Manifest, Modality, check_modality
@@ -208,10 +209,7 @@ class ShardSet:
         if len(data) != size:
             raise SampleError(f"{where} is cut off: {len(data)} bytes, expected {size}; {REMEDY}", sample)
         if column.due(self.check, np.array([sample])) is not None:
-            from google_crc32c import value  # pyright: ignore[reportUnknownVariableType]
-
-            found: int = value(data)  # pyright: ignore[reportUnknownVariableType]
-            expected = int(column.crc_S[sample])
+            found, expected = crc32c(data), int(column.crc_S[sample])
             if found != expected:
                 words = f"{where} has CRC-32C {found:08x}, manifest says {expected:08x}; {REMEDY}"
                 raise SampleError(words, sample)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -18,6 +17,7 @@ from distkd.data.manifest import VOLUMES
 from distkd.data.shardset import REMEDY, ShardSet, raise_all, size_fault
 from distkd.data.wds import Member, TarFault, leads_out, members
 from distkd.errors import DataError
+from distkd.files import digest
 
 __all__ = ["Verified", "verify"]
 
@@ -95,8 +95,7 @@ class _Job:
             return [fault]
         path = self.shard_set.folder / shard.file
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = digest(path)
             faults = self._tar_faults(number, path) if self.manifest.container == "wds" else []
         except OSError as error:
             return [f"cannot read shard {shard.file!r}: {error}"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distkd.data.checksum import crc32c, crc32c_on
 from distkd.data.descriptors import OpenFile, Recent
 
 __all__ = ["BLOCK_BYTES", "Member", "TarFault", "TarFiles", "leads_out", "members"]
@@ -100,12 +101,10 @@ class TarFiles:
         rows: Sequence[np.ndarray],
         sums: Sequence[int],
     ) -> list[int]:
-        from google_crc32c import extend, value  # pyright: ignore[reportUnknownVariableType]
-
         odd: list[int] = []
         preadv, n_bytes = os.preadv, len(header) + rows[0].nbytes
         scratch, sound = bytearray(len(header)), bytearray(header)
-        header_sum: int = value(header)  # pyright: ignore[reportUnknownVariableType]
+        header_sum = crc32c(header)
         try:
             with self._open(set(numbers)) as descriptors:
                 for place, (number, offset, row, expected) in enumerate(zip(numbers, offsets, rows, sums, strict=True)):
@@ -116,7 +115,7 @@ class TarFiles:
                     if (
                         found != n_bytes
                         or scratch != sound
-                        or (expected >= 0 and extend(header_sum, row) != expected)  # at once: it is in the cache
+                        or (expected >= 0 and crc32c_on(header_sum, row) != expected)  # at once: it is in the cache
                     ):
                         odd.append(place)
         except OSError:  # a file that cannot be opened: all of them one by one, which tells which

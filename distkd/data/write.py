@@ -135,9 +135,7 @@ class ShardWriter:
     def _open_container(self) -> Container:
         folder = self._journal.folder
         if self._description.container == "zarr":
-            container = ZarrContainer(folder, self._description, len(self._shards))
-            container.start_at(len(self._rows))
-            return container
+            return ZarrContainer(folder, self._description, len(self._shards), len(self._rows))
         return TarContainer(folder, self._description, self._shard_bytes, len(self._shards))
 
     def add(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google_crc32c import value as crc32c_of  # pyright: ignore[reportUnknownVariableType]
 
+from distkd.data.checksum import crc32c
 from distkd.data.descriptors import OpenFile, Recent
 from distkd.data.manifest import Modality
 from distkd.data.zarr_layout import (
@@ -256,7 +256,7 @@ class _Fetch:
         """Into its place; the checksum lands beside it."""
         stored = bytearray(CRC_BYTES)
         self._fill([part, stored], offset, self.layout.chunk_bytes + CRC_BYTES)
-        if self.check and (found := _crc32c(part)) != (said := int.from_bytes(stored, "little")):
+        if self.check and (found := crc32c(part)) != (said := int.from_bytes(stored, "little")):
             raise DataError(_crc_fault(self._chunk(piece), found, said))
 
     def _together(self, start: int, end: int, run: list[tuple[int, int, Piece]]) -> None:
@@ -266,7 +266,7 @@ class _Fetch:
         for offset, n_bytes, piece in run:
             last = offset + n_bytes - CRC_BYTES
             data = stored[offset:last]
-            if self.check and (found := _crc32c(data)) != (said := int.from_bytes(stored[last : last + 4], "little")):
+            if self.check and (found := crc32c(data)) != (said := int.from_bytes(stored[last : last + 4], "little")):
                 raise DataError(_crc_fault(self._chunk(piece), found, said))
             if layout.is_zstd:
                 data = self._unpacked(data, piece)
@@ -308,11 +308,6 @@ def _scratch(name: str, n_bytes: int) -> np.ndarray:
     return buffer[:n_bytes]
 
 
-def _crc32c(data: np.ndarray) -> int:
-    """Of contiguous memory; other threads run meanwhile."""
-    return int(crc32c_of(data))  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
-
-
 @cache
 def _decompress() -> Callable[[np.ndarray, np.ndarray], object]:
     """numcodecs is heavy, and not every set needs it."""
@@ -322,7 +317,7 @@ def _decompress() -> Callable[[np.ndarray, np.ndarray], object]:
 
 
 def _check_crc(data: np.ndarray, where: str) -> None:
-    found, said = _crc32c(data[:-CRC_BYTES]), int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+    found, said = crc32c(data[:-CRC_BYTES]), int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
     if found != said:
         raise DataError(_crc_fault(where, found, said))
 

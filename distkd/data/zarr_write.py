@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from distkd.data.checksum import crc32c
 from distkd.data.disk import told
 from distkd.data.manifest import Modality
 from distkd.data.zarr_layout import CRC_BYTES, METADATA, BlockLayout, VolumeLayout, check_modality_layout
@@ -229,10 +230,7 @@ def _text(metadata: Any) -> str:
 
 
 def _crc32c(values: np.ndarray) -> bytes:
-    from google_crc32c import value  # pyright: ignore[reportUnknownVariableType]
-
-    crc = int(value(values.tobytes()))  # pyright: ignore[reportUnknownArgumentType]
-    return crc.to_bytes(CRC_BYTES, "little")
+    return crc32c(values.tobytes()).to_bytes(CRC_BYTES, "little")
 
 
 def _check_array(name: str, number: int, array: np.ndarray, layout: VolumeLayout | BlockLayout) -> None:

@@ -9,7 +9,7 @@ it belongs to a method's `state`, never to the wrapped module, so no engine broa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from distkd.errors import ShapeError
 from distkd.memory.memory import Memory
 from distkd.ops.contrastive import log_normaliser
 from distkd.ops.draws import fold_in, integer_key, mix
-from distkd.ops.rows import check_index
+from distkd.ops.rows import check_index, slices
 
 __all__ = ["MemoryBank", "Normaliser", "initial_rows", "last_of_equals", "row_digests"]
 
@@ -57,7 +57,7 @@ class MemoryBank(Memory):
         self._dtype = dtype
         mine = torch.arange(min(part, n_rows), n_rows, parts)
         rows_LD = torch.empty(len(mine), dim, dtype=dtype)
-        for chunk in _chunks(len(mine)):
+        for chunk in slices(len(mine), _CHUNK):
             rows_LD[chunk] = initial_rows(mine[chunk], dim, seed=seed)
         self.register_buffer("rows_ND", rows_LD)
         self.register_buffer("norm_N", _norms(rows_LD), persistent=False)
@@ -168,13 +168,9 @@ def _digests(index_L: Tensor, rows_LD: Tensor, odd_D: Tensor) -> Tensor:
 
 def _norms(rows_LD: Tensor) -> Tensor:
     norm_L = rows_LD.new_empty(len(rows_LD), dtype=torch.promote_types(rows_LD.dtype, torch.float32))
-    for chunk in _chunks(len(rows_LD)):
+    for chunk in slices(len(rows_LD), _CHUNK):
         norm_L[chunk] = rows_LD[chunk].to(norm_L.dtype).norm(dim=1)
     return norm_L
-
-
-def _chunks(n: int) -> Iterator[slice]:
-    return (slice(first, min(first + _CHUNK, n)) for first in range(0, n, _CHUNK))
 
 
 def last_of_equals(index_G: Tensor) -> Tensor:

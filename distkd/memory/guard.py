@@ -13,6 +13,7 @@ from distkd.base import World
 from distkd.comm.world import all_gather_rows
 from distkd.errors import DivergedError
 from distkd.memory.bank import MemoryBank, row_digests
+from distkd.ops.rows import slices
 
 __all__ = ["check_banks"]
 
@@ -48,12 +49,12 @@ def check_banks(banks: Mapping[str, MemoryBank], step: int, world: World) -> Non
 
 
 def _where(name: str, bank: MemoryBank, world: World) -> str:
-    for first in range(0, bank.n_rows, _CHUNK):
-        digest_RL = all_gather_rows(row_digests(bank, slice(first, min(first + _CHUNK, bank.n_rows)))[None], world)
+    for chunk in slices(bank.n_rows, _CHUNK):
+        digest_RL = all_gather_rows(row_digests(bank, chunk)[None], world)
         found = _first(digest_RL != digest_RL[0])
         if found is not None:
             rank, place = found
-            return f"rank {rank} holds another row {first + place} of bank {name!r} than rank 0"
+            return f"rank {rank} holds another row {chunk.start + place} of bank {name!r} than rank 0"
     return f"the ranks have written different rows into bank {name!r}, which were overwritten since,"
 
 

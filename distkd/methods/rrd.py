@@ -13,16 +13,12 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import nn
 
-from distkd.base import Batch, Forward, Outputs, StepOutput, World
+from distkd.base import Batch, Forward, StepOutput, World
 from distkd.comm.packed import start_gather
 from distkd.memory.queue import Queue
-from distkd.methods._plain import PlainMethod
+from distkd.methods._projected import ProjectedMethod
 from distkd.methods._protocol import MethodConfig, Setup
-from distkd.models.build import Classifier
-from distkd.models.heads import Projector
-from distkd.ops.draws import integer_key, text_key
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
 from distkd.ops.relational import relational_cross_entropy
 
@@ -54,36 +50,12 @@ class Config(MethodConfig):
     it enqueues before it scores; here a sample is compared with earlier ones, and no rank waits for others' keys."""
 
 
-class ProjectedStudent(nn.Module):
-    """The student and the head that only training needs."""
-
-    def __init__(self, student: Classifier, embedding_dim: int):
-        super().__init__()
-        self.student = student
-        self.own = Projector(student.feature_dim, embedding_dim)
-
-    def forward(self, batch: Batch) -> Outputs:
-        return self.student(batch)
-
-
-class RRD(PlainMethod):
+class RRD(ProjectedMethod):
     """Cross entropy where there is a label, relations to the queue everywhere."""
 
     def __init__(self, config: Config, setup: Setup):
-        assert setup.teacher is not None
-        student = setup.build_student()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(integer_key(setup.seed, text_key("projectors")))
-            trainable = ProjectedStudent(student, config.embedding_dim)
-            key = Projector(setup.teacher.feature_dim, config.embedding_dim).requires_grad_(False)
-        super().__init__(student, trainable)
-        self.model: ProjectedStudent = trainable
-        self.outside = list(trainable.own.parameters())
-        self.config = config
-        self.labelled_share = setup.labelled_share
-        self.frozen["teacher"] = setup.teacher
-        self.queue = Queue(config.queue_length, config.embedding_dim)
-        self.state["key"], self.state["queue"] = key, self.queue
+        super().__init__(config, setup, fixed_key=True)
+        self.state["queue"] = self.queue = Queue(config.queue_length, config.embedding_dim)
 
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
         c = self.config

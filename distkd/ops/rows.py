@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distkd.errors import ShapeError
 
-__all__ = ["Weigh", "assert_async", "check_index", "is_dense", "products", "scan", "weighted_sum"]
+__all__ = ["Weigh", "assert_async", "check_index", "is_dense", "products", "scan", "slices", "weighted_sum"]
 
 Weigh = Callable[[Tensor, slice], Tensor]
 """From the products (t, J) of the anchors in a slice to the weights (t, J) of their rows."""
@@ -155,10 +155,11 @@ def _check_width(anchor: Tensor, rows_ND: Tensor) -> None:
 
 
 def _planes(index_BJ: Tensor, rows_ND: Tensor) -> Iterator[slice]:
-    return _parts(len(index_BJ), _PLANE // max(1, rows_ND.shape[0]))
+    return slices(len(index_BJ), _PLANE // max(1, rows_ND.shape[0]))
 
 
-def _parts(n: int, step: int) -> Iterator[slice]:
+def slices(n: int, step: int) -> Iterator[slice]:
+    """0 to n in parts of `step`, of 1 at least; the last part may be smaller."""
     step = max(1, step)
     return (slice(first, min(first + step, n)) for first in range(0, n, step))
 
@@ -168,7 +169,7 @@ def _chunks(rows_ND: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
     if rows_ND.dtype == dtype:
         yield slice(0, rows_ND.shape[0]), rows_ND
         return
-    for chunk in _parts(rows_ND.shape[0], _CHUNK_ROWS):
+    for chunk in slices(rows_ND.shape[0], _CHUNK_ROWS):
         yield chunk, rows_ND[chunk].to(dtype)
 
 
@@ -199,5 +200,5 @@ def _one_by_one(rows_ND: Tensor, index_BJ: Tensor, dtype: torch.dtype) -> Iterat
 def _tiles(rows_ND: Tensor, index_BJ: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The chosen rows (t, J, D) of as many anchors at a time as may be gathered."""
     row_bytes = max(1, index_BJ.shape[1] * rows_ND.shape[1] * rows_ND.element_size())
-    for t in _parts(len(index_BJ), _TILE_BYTES // row_bytes):
+    for t in slices(len(index_BJ), _TILE_BYTES // row_bytes):
         yield t, rows_ND.index_select(0, index_BJ[t].flatten()).to(dtype).view(t.stop - t.start, -1, rows_ND.shape[1])

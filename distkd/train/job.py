@@ -115,7 +115,8 @@ def _remote(url: str, data: DataConfig) -> ShardSet:
 
 def split_digest(dataset: Dataset) -> str:
     """Digest of which samples are trained on: equal for two runs that may share a teacher."""
-    keys = sorted(dataset.describe(int(sample))["key"] for sample in dataset.split_samples("train"))
+    key_of = dataset.shard_set.manifest.samples.key
+    keys = sorted(key_of[sample] for sample in dataset.split_samples("train").tolist())
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 

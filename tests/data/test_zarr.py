@@ -1,15 +1,12 @@
-"""zarr arrays: the zarr library reads what we write and we what it writes; a crop costs its chunks; damage is named."""
+"""zarr arrays: the zarr library reads what we write and we what it writes; a crop costs its chunks."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import itertools
-import json
 import os
 import pickle
-import shutil
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,46 +19,7 @@ from distkd.data import zarr as ours
 from distkd.data.manifest import Modality
 from distkd.data.zarr import ZarrArrays, ZarrWriter, default_chunk
 from distkd.errors import DataError
-
-SHAPE = (10, 11, 7)
-N = 6
-MODALITIES = {
-    "flair": Modality(kind="volume", dtype="int16", shape=(1, *SHAPE), codec="zarr", chunk=(1, 4, 5, 3)),
-    "both": Modality(
-        kind="volume", dtype="float32", shape=(2, *SHAPE), codec="zarr", chunk=(1, 10, 4, 7), compression="zstd"
-    ),
-    "mask": Modality(kind="volume", dtype="uint8", shape=(1, *SHAPE), codec="zarr", compression="zstd"),
-    "whole": Modality(kind="volume", dtype="float16", shape=(2, *SHAPE), codec="zarr"),
-    "gene": Modality(kind="vector", dtype="float32", shape=(5,), codec="zarr"),
-}
-VOLUMES = [name for name, modality in MODALITIES.items() if modality.kind == "volume"]
-
-
-def own_shape(sample: int) -> tuple[int, int, int]:
-    return (9, 11, 5) if sample == 1 else SHAPE
-
-
-def values(sample: int, modalities: Mapping[str, Modality] = MODALITIES) -> dict[str, np.ndarray]:
-    """Sample 2 lacks `both` and `gene`, sample 3 is all zeros, sample 1 smaller."""
-    arrays: dict[str, np.ndarray] = {}
-    for place, (name, modality) in enumerate(modalities.items()):
-        rng = np.random.default_rng((sample, place))
-        size = modality.shape if modality.kind == "vector" else (modality.shape[0], *own_shape(sample))
-        array = rng.integers(0, 250, size).astype(modality.dtype)
-        if modality.kind == "volume":
-            array[:, :4, :5] = 0  # chunks of zeros, which are not stored
-        arrays[name] = array * 0 if sample == 3 else array
-    return {name: array for name, array in arrays.items() if sample != 2 or name not in ("both", "gene")}
-
-
-def write(folder: Path, samples: range = range(N), finish: bool = True) -> Path:
-    writer = ZarrWriter(folder, MODALITIES)
-    for sample in samples:
-        for name, array in values(sample).items():
-            writer.write(name, sample, array)
-    if finish:
-        writer.finish(N)
-    return folder
+from tests.data.toy_zarr import MODALITIES, SHAPE, VOLUMES, N, n_chunks, own_shape, values, write
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -78,12 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def arrays(folder: Path) -> ZarrArrays:
     return ZarrArrays(folder, MODALITIES, N)
-
-
-@pytest.fixture
-def own(folder: Path, tmp_path: Path) -> Path:
-    """A group of one's own, to be damaged."""
-    return shutil.copytree(folder, tmp_path / "volumes.zarr")
 
 
 def test_the_zarr_library_reads_what_we_write(folder: Path):
@@ -179,9 +131,8 @@ def test_a_crop_reads_the_chunks_that_it_touches_and_no_other(
         volume, chunk = values(0)[name], MODALITIES[name].chunk or MODALITIES[name].shape
         arrays.bytes_read = fetched = 0
         arrays.read(name, 0, start=start, size=size)
-        index = np.frombuffer(
-            (folder / name / "c/0/0/0/0/0").read_bytes()[:-4][-16 * _n_chunks(name) :], "<u8"
-        ).reshape(-1, 2)
+        stored = (folder / name / "c/0/0/0/0/0").read_bytes()[-16 * n_chunks(name) - 4 : -4]
+        index = np.frombuffer(stored, "<u8").reshape(-1, 2)
         expected = 0
         for chunk_number, at in enumerate(
             itertools.product(*(range(0, n, c) for n, c in zip(volume.shape, chunk, strict=True)))
@@ -194,11 +145,6 @@ def test_a_crop_reads_the_chunks_that_it_touches_and_no_other(
             assert (index[chunk_number, 1] != 2**64 - 1) == is_stored
             expected += int(index[chunk_number, 1]) if touches and is_stored else 0
         assert arrays.bytes_read == fetched == expected
-
-
-def _n_chunks(name: str) -> int:
-    shape, chunk = MODALITIES[name].shape, MODALITIES[name].chunk or MODALITIES[name].shape
-    return int(np.prod([-(-n // c) for n, c in zip(shape, chunk, strict=True)]))
 
 
 def test_a_whole_uncompressed_chunk_is_read_by_one_call(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -218,7 +164,7 @@ def test_an_index_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "pread", lambda d, n, o: sizes.append(n) or real(d, n, o))
     for sample in (0, 1, 0, 4, 0):  # each pushes out the descriptor of the one before
         np.testing.assert_array_equal(arrays.read("flair", sample, shape=own_shape(sample)), values(sample)["flair"])
-    assert sizes == [16 * _n_chunks("flair") + 4] * 3
+    assert sizes == [16 * n_chunks("flair") + 4] * 3
     assert len(arrays._files) == 1
 
 
@@ -335,196 +281,6 @@ def test_a_crop_beyond_the_volume_is_refused(arrays: ZarrArrays, start, size):
 def test_a_sample_larger_than_the_array_is_refused(arrays: ZarrArrays):
     with pytest.raises(DataError, match=r"said to have \(10, 11, 8\) voxels, expected at most \(10, 11, 7\)"):
         arrays.read("flair", 1, shape=(10, 11, 8))
-
-
-def change(path: Path, place: int, by: int = 255) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= by
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name", VOLUMES)
-def test_a_flipped_byte_names_file_and_chunk(own: Path, name: str):
-    change(own / name / "c/0/0/0/0/0", 30, by=1)
-    arrays = ZarrArrays(own, MODALITIES, N)
-    with pytest.raises(
-        DataError,
-        match=rf"chunk \(.*\) of 'volumes\.zarr/{name}/c/0/0/0/0/0' is damaged: CRC-32C \w{{8}}, stored with it "
-        r"\w{8}; "
-        "copy it again or build it again; `distkd shards verify`",
-    ):
-        arrays.read(name, 0)
-    arrays.read(name, 1, shape=own_shape(1))
-
-
-@pytest.mark.parametrize("name", VOLUMES)
-def test_every_flipped_byte_of_a_file_is_found(own: Path, name: str):
-    path = own / name / "c/0/0/0/0/0"
-    sound = path.read_bytes()
-    for place in range(0, len(sound), 1 + len(sound) // 40):
-        change(path, place, by=4)
-        with pytest.raises(DataError):
-            ZarrArrays(own, MODALITIES, N).read(name, 0)
-        path.write_bytes(sound)
-
-
-@pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("keep", [0, 3, 60])
-def test_a_file_cut_off_is_found(own: Path, keep: int, check: bool):
-    os.truncate(own / "flair/c/0/0/0/0/0", keep)
-    with pytest.raises(DataError, match=rf"'volumes.zarr/flair/c/0/0/0/0/0' is cut off: {keep} bytes, its index alone"):
-        ZarrArrays(own, MODALITIES, N).read("flair", 0, check=check)
-
-
-def test_a_file_that_ends_within_its_chunks_is_found(own: Path):
-    path = own / "flair/c/0/0/0/0/0"
-    os.truncate(path, path.stat().st_size - 60)
-    with pytest.raises(DataError, match=r"the index of 'volumes\.zarr/flair/c/0/0/0/0/0' is damaged: CRC-32C"):
-        ZarrArrays(own, MODALITIES, N).read("flair", 0, check=False)
-
-
-@pytest.mark.parametrize("name", VOLUMES)
-def test_a_file_cut_off_after_its_index_was_read_is_found(own: Path, name: str):
-    arrays = ZarrArrays(own, MODALITIES, N)
-    arrays.read(name, 0)
-    os.truncate(own / name / "c/0/0/0/0/0", 10)
-    with pytest.raises(DataError, match=rf"'volumes.zarr/{name}/c/0/0/0/0/0' is cut off: \d+ bytes at \d+, expected"):
-        arrays.read(name, 0, check=False)
-
-
-def set_index(path: Path, n_chunks: int, entry: int, offset: int, n_bytes: int) -> None:
-    """Change an index and make its checksum right again."""
-    from google_crc32c import value
-
-    content = path.read_bytes()
-    body, index = content[: -16 * n_chunks - 4], np.frombuffer(content[-16 * n_chunks - 4 : -4], "<u8").copy()
-    index[2 * entry : 2 * entry + 2] = offset, n_bytes
-    path.write_bytes(body + index.tobytes() + value(index.tobytes()).to_bytes(4, "little"))
-
-
-@pytest.mark.parametrize("offset, n_bytes", [(10**9, 124), (2**64 - 60, 124), (0, 123), (0, 2**63), (0, 2**64 - 1)])
-def test_an_index_that_points_elsewhere_is_found(own: Path, offset: int, n_bytes: int):
-    set_index(own / "flair/c/0/0/0/0/0", _n_chunks("flair"), 26, offset, n_bytes)
-    with pytest.raises(
-        DataError,
-        match=rf"the index of 'volumes.zarr/flair/c/0/0/0/0/0' puts chunk \(0, 2, 2, 2\) at {offset} with {n_bytes} "
-        r"bytes, expected 124 bytes that end by \d+; copy it",
-    ):
-        ZarrArrays(own, MODALITIES, N).read("flair", 0)
-
-
-def with_crc(data: bytes) -> bytes:
-    from google_crc32c import value
-
-    return data + value(data).to_bytes(4, "little")
-
-
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda compress: compress(bytes(769)), "decodes to 769 bytes, expected 770"),
-        (lambda compress: compress(bytes(771)), "decodes to 771 bytes, expected 770"),
-        (lambda compress: compress(bytes(200)), "decodes to 200 bytes, expected 770"),
-        (lambda compress: b"no frame at all", "decodes to -1 bytes, expected 770"),
-        (lambda compress: compress(np.random.default_rng(0).bytes(770))[:-300], "is not readable zstd"),
-    ],
-)
-def test_a_chunk_that_does_not_decode_is_found(own: Path, make, words: str):
-    from numcodecs.zstd import compress
-
-    chunk = with_crc(make(compress))
-    index = np.array([0, len(chunk)], "<u8").tobytes()
-    (own / "mask/c/0/0/0/0/0").write_bytes(chunk + with_crc(index))
-    with pytest.raises(DataError, match=rf"chunk \(0, 0, 0, 0\) of 'volumes.zarr/mask/c/0/0/0/0/0' {words}"):
-        ZarrArrays(own, MODALITIES, N).read("mask", 0)
-
-
-def test_damaged_vectors_are_found(own: Path):
-    path = own / "gene/c/0/0"
-    change(path, 4)
-    arrays = ZarrArrays(own, MODALITIES, N)
-    with pytest.raises(DataError, match=r"'volumes\.zarr/gene/c/0/0' is damaged: CRC-32C"):
-        arrays.read("gene", 1)
-    os.truncate(path, 99)
-    with pytest.raises(DataError, match=r"'volumes\.zarr/gene/c/0/0' has 99 bytes, expected 5124"):
-        arrays.read("gene", 1, check=False)
-    path.unlink()
-    with pytest.raises(
-        DataError, match=r"cannot read 'volumes\.zarr/gene/c/0/0' with 'gene' of sample 1: No such file"
-    ):
-        arrays.read("gene", 1)
-
-
-def edit(*path: str | int, value: object):
-    def apply(meta):
-        for step in path[:-1]:
-            meta = meta[step]
-        meta[path[-1]] = value
-
-    return apply
-
-
-INNER = ("codecs", 0, "configuration")
-
-
-@pytest.mark.parametrize(
-    "change_meta, words",
-    [
-        (edit("zarr_format", value=2), "has zarr_format 2, expected 3"),
-        (edit("node_type", value="group"), 'has node_type "group", expected "array"'),
-        (edit("data_type", value="uint16"), 'has data_type "uint16", expected "int16"'),
-        (edit("shape", 0, value=7), r"has shape \[7, 1, 10, 11, 7\], expected \[6, 1, 10, 11, 7\]"),
-        (edit("shape", 4, value=8), r"has shape \[6, 1, 10, 11, 8\], expected"),
-        (edit("fill_value", value=1), "has fill_value 1, expected 0"),
-        (
-            edit("chunk_grid", "configuration", "chunk_shape", 0, value=2),
-            r"has chunk_grid .*\[2, 1, 12, 15, 9\].*expected",
-        ),
-        (edit("chunk_grid", "name", value="rectangular"), "has chunk_grid .*rectangular.*expected"),
-        (edit("chunk_key_encoding", "configuration", "separator", value="."), "has chunk_key_encoding"),
-        (edit("chunk_key_encoding", value={"name": "v2"}), "has chunk_key_encoding"),
-        (edit("codecs", value=[{"name": "bytes", "configuration": {"endian": "little"}}]), "has codecs"),
-        (edit("codecs", value=None), "has codecs null"),
-        (edit(*INNER, "chunk_shape", 2, value=3), "has codecs"),
-        (edit(*INNER, "codecs", 0, "configuration", "endian", value="big"), "has codecs .*big"),
-        (edit(*INNER, "codecs", 1, "name", value="gzip"), "has codecs .*gzip"),
-        (edit(*INNER, "index_codecs", value=[{"name": "bytes", "configuration": {"endian": "little"}}]), "has codecs"),
-        (edit(*INNER, "index_location", value="start"), "has codecs .*start"),
-        (edit("storage_transformers", value=[{"name": "other"}]), "has storage_transformers"),
-    ],
-)
-def test_metadata_that_disagrees_with_the_manifest_is_refused(own: Path, change_meta, words: str):
-    path = own / "flair/zarr.json"
-    meta = json.loads(path.read_text())
-    change_meta(meta)
-    path.write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=rf"'volumes.zarr/flair/zarr.json' {words}.* by the manifest; .*copy it again"):
-        ZarrArrays(own, MODALITIES, N)
-
-
-@pytest.mark.parametrize("text, words", [("{", "is not readable JSON"), ("[1]", "holds list, expected a JSON object")])
-def test_unreadable_metadata_is_refused(own: Path, text: str, words: str):
-    (own / "gene/zarr.json").write_text(text)
-    with pytest.raises(DataError, match=f"'volumes.zarr/gene/zarr.json' {words}"):
-        ZarrArrays(own, MODALITIES, N)
-    (own / "gene/zarr.json").unlink()
-    with pytest.raises(DataError, match=r"cannot read 'volumes\.zarr/gene/zarr\.json': No such file"):
-        ZarrArrays(own, MODALITIES, N)
-
-
-def test_metadata_in_another_spelling_is_the_same(own: Path):
-    path = own / "mask/zarr.json"
-    meta = json.loads(path.read_text())
-    meta["chunk_key_encoding"] = {"name": "default"}
-    meta["codecs"][0]["configuration"]["codecs"][0] = {"name": "bytes", "configuration": {"endian": "little"}}
-    del meta["codecs"][0]["configuration"]["index_location"], meta["storage_transformers"]
-    path.write_text(json.dumps(meta))
-    np.testing.assert_array_equal(ZarrArrays(own, MODALITIES, N).read("mask", 0), values(0)["mask"])
-
-
-def test_chunks_that_a_builder_chose_without_being_told_are_read(own: Path):
-    told = {"flair": MODALITIES["flair"].model_copy(update={"chunk": None})}
-    np.testing.assert_array_equal(ZarrArrays(own, told, N).read("flair", 0), values(0)["flair"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The lung tiles: grey, in two sizes of the same tile, and copies of a tile together."""
+"""The lung tiles: grey, in the sizes asked for of the same tile, and copies of a tile together."""
 
 from __future__ import annotations
 
@@ -65,6 +65,17 @@ def test_larger_tiles_are_box_filtered(tmp_path: Path):
     )  # pillow rounds after each of two passes
 
 
+def test_tiles_of_the_raw_size_are_kept_as_they_are(tmp_path: Path):
+    raw = write(tmp_path / "raw", side=224)
+    assert lc25000_lung.main(["--raw", str(raw), "--out", str(tmp_path / "out"), "--tile", "224"]) == 0
+    shard_set = ShardSet(tmp_path / "out")
+    arrays = shard_set.read(0, ["tile", "tile28"])
+    with Image.open(raw / "images" / "lung_aca" / "lungaca0.jpeg") as image:
+        np.testing.assert_array_equal(arrays["tile"][:, :, 0], np.asarray(image.convert("L")))
+    mean = arrays["tile"].reshape(28, 8, 28, 8).mean(axis=(1, 3))
+    assert np.abs(arrays["tile28"][:, :, 0] - mean).max() <= 1
+
+
 def test_copies_of_a_tile_stay_together(tmp_path: Path):
     manifest = lc25000_lung.make(write(tmp_path / "raw", copies=3), tmp_path / "out").manifest
     assert (manifest.n_samples, manifest.n_patients) == (63, 21)
@@ -75,8 +86,36 @@ def test_copies_of_a_tile_stay_together(tmp_path: Path):
 def test_other_coarse_sizes_can_be_asked_for(raw: Path, tmp_path: Path):
     assert lc25000_lung.main(["--raw", str(raw), "--out", str(tmp_path / "out"), "--coarse", "28", "14"]) == 0
     assert list(ShardSet(tmp_path / "out").manifest.modalities) == ["tile", "tile28", "tile14"]
-    with pytest.raises(ConfigError, match=r"--coarse is \[112\], expected different sizes of 1 to 111 pixels"):
-        lc25000_lung.make(raw, tmp_path / "other", coarse=(112,))
+
+
+def test_without_coarse_sizes_the_tile_alone_is_stored(raw: Path, tmp_path: Path):
+    arguments = ["--raw", str(raw), "--out", str(tmp_path / "out"), "--tile", "28", "--coarse"]
+    assert lc25000_lung.main(arguments) == 0
+    modalities = ShardSet(tmp_path / "out").manifest.modalities
+    assert {name: modality.shape for name, modality in modalities.items()} == {"tile": (28, 28, 1)}
+
+
+@pytest.mark.parametrize(
+    ("tile", "coarse", "words"),
+    [
+        (112, (112,), r"--coarse is \[112\], expected different sizes below the 112 pixels of --tile, or none"),
+        (28, (28,), r"--coarse is \[28\], expected different sizes below the 28 pixels of --tile, or none"),
+        (112, (14, 14), r"--coarse is \[14, 14\], expected different sizes"),
+        (112, (0,), r"--coarse is \[0\], expected different sizes"),
+        (0, (), r"--tile is 0, expected a size of 1 pixel or more"),
+    ],
+)
+def test_sizes_that_make_no_copies_are_refused(
+    raw: Path, tmp_path: Path, tile: int, coarse: tuple[int, ...], words: str
+):
+    with pytest.raises(ConfigError, match=words):
+        lc25000_lung.make(raw, tmp_path / "out", tile=tile, coarse=coarse)
+
+
+def test_tiles_are_never_enlarged(raw: Path, tmp_path: Path):
+    words = r"is 112 x 112 px, expected a square of at least 113; leave it out, or make all tiles smaller with --tile"
+    with pytest.raises(DataError, match=words):
+        lc25000_lung.make(raw, tmp_path / "out", tile=113)
 
 
 def cut_image(raw: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from distkd.data.raw.recipe import tables_digest
 from distkd.errors import DataError
 from shards import brats, derm7pt, generic, glioma, lc25000_lung, sicapv2, tcga_glioma, uci_mfeat
-from tests.shards import layouts_images, layouts_volumes, test_generic, test_lc25000_lung, test_tcga_glioma
+from tests.shards import layouts_images, layouts_tables, layouts_volumes, test_lc25000_lung, test_tcga_glioma
 from tests.shards.layouts_images import put
 
 TRAIN = "partition/Validation/Val1/Train.xlsx"
@@ -73,7 +73,7 @@ def other_digits(raw: Path) -> None:
 
 
 def study(raw: Path) -> Path:
-    test_generic.write(raw, test_generic.study(raw))
+    layouts_tables.write(raw, layouts_tables.study(raw))
     return raw
 
 

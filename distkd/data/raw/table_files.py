@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from distkd.data.codec import IMAGE_FAULTS
 from distkd.data.manifest import Space
 from distkd.data.raw.nifti import read_frame, read_voxels
 from distkd.data.write import Encoded
@@ -70,7 +71,7 @@ def _look_image(path: Path, every_value: bool) -> Facts:
             size, mode, made_by = image.size, image.mode, image.format
             if every_value:
                 image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_FAULTS as error:
         raise DataError(f"cannot read the image {str(path)!r}: {error}; copy it again") from error
     if mode not in EIGHT_BITS:
         raise DataError(
@@ -163,7 +164,7 @@ def load_image(path: Path, shape_HWC: tuple[int, int, int], stored: Stored) -> n
         with Image.open(io.BytesIO(data)) as image:
             upright = ImageOps.exif_transpose(image)
             pixels = upright.convert("L" if shape_HWC[2] == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except IMAGE_FAULTS as error:
         raise DataError(f"cannot read the image {str(path)!r}: {error}; copy it again") from error
     size = (shape_HWC[1], shape_HWC[0])
     if pixels.size != size:

@@ -28,7 +28,7 @@ from distkd.errors import DataError
 if TYPE_CHECKING:
     from distkd.data.verify import Verified
 
-__all__ = ["StreamReader", "StreamSource", "eval_stream", "samples_of_shards"]
+__all__ = ["StreamReader", "StreamSource", "eval_stream", "numbers_at", "samples_of_shards"]
 
 _LOOK_STEPS = 8
 """Steps between two looks at what comes next."""
@@ -40,6 +40,12 @@ def samples_of_shards(manifest: Manifest, samples: np.ndarray) -> list[np.ndarra
     order = np.lexsort((samples, shard_S))
     ends = np.searchsorted(shard_S[order], np.arange(len(manifest.shards)), side="right")
     return np.split(np.asarray(samples, dtype=np.int64)[order], ends)[: len(manifest.shards)]
+
+
+def numbers_at(samples: Sequence[np.ndarray], shard_B: np.ndarray, inside_B: np.ndarray) -> np.ndarray:
+    """Numbers in the manifest, int64 (B,), by shard and place within `samples_of_shards`."""
+    places = zip(shard_B.tolist(), inside_B.tolist(), strict=True)
+    return np.array([samples[shard][inside] for shard, inside in places], dtype=np.int64)
 
 
 class StreamReader(ShardSet):
@@ -153,7 +159,7 @@ class StreamSource:
                     self._plan.local_places(step, number, self._passes, self._world) for number in range(self._passes)
                 ]
                 self._advance(step, np.concatenate([shard_B for shard_B, _ in places]))
-                yield step, [self._numbers(*place) for place in places]
+                yield step, [numbers_at(self._samples, *place) for place in places]
         finally:
             self._store.prefetch([])
             self._keep(set())
@@ -184,12 +190,6 @@ class StreamSource:
             self._held.discard(number)
             self._store.release(number)
 
-    def _numbers(self, shard_B: np.ndarray, inside_B: np.ndarray) -> np.ndarray:
-        return np.array(
-            [self._samples[shard][inside] for shard, inside in zip(shard_B.tolist(), inside_B.tolist(), strict=True)],
-            dtype=np.int64,
-        )
-
 
 def eval_stream(
     store: RemoteStore, samples: Sequence[np.ndarray], world: World, micro_batch: int
@@ -214,10 +214,7 @@ def eval_stream(
                 store.path(number)
                 held.add(number)
             part = slice(first, first + micro_batch)
-            yield np.array(
-                [samples[s][i] for s, i in zip(shard_P[part].tolist(), inside_P[part].tolist(), strict=True)],
-                dtype=np.int64,
-            )
+            yield numbers_at(samples, shard_P[part], inside_P[part])
     finally:
         store.prefetch([])
         for number in held:

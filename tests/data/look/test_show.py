@@ -1,13 +1,9 @@
-"""What people see of a shard set: every number of it in words, and a picture that is one."""
+"""What people see of a shard set: a picture that is one, of its samples."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -18,85 +14,23 @@ from PIL import Image
 from distkd.cli import main
 from distkd.data.look import show as show_module
 from distkd.data.look.cards import CardMaker
-from distkd.data.look.info import info, size_words, verified
+from distkd.data.look.info import info
 from distkd.data.look.sheet import Card, Curve, Legend, Panel, Picture, Sheet, Words, draw
 from distkd.data.look.show import show
 from distkd.data.look.slices import PLANES, Plane, class_numbers, colour_map, overlay, view_of, window
-from distkd.data.look.summary import missing_notes, summary
+from distkd.data.look.summary import summary
 from distkd.data.manifest import Description, Fold, Modality, Space
 from distkd.data.raw.nifti import write_map
 from distkd.data.shardset import ShardSet
 from distkd.data.write import ShardWriter
 from distkd.errors import DataError
+from tests.data.look.scans import SHAPE, lesion, placeless, space_of, volume, words
 from tests.data.remote.serve import Server
 from tests.data.toy import open_toy
 
 # Shapes: XYZ voxels in the order of the file, H W pixels
 
-SHAPE = (14, 12, 10)
 AXIAL, CORONAL, SAGITTAL = PLANES
-
-
-def volume(name: str, number: int) -> np.ndarray:
-    return np.random.default_rng((len(name), number)).integers(1, 900, size=SHAPE).astype(np.int16)
-
-
-def lesion(number: int) -> np.ndarray:
-    """Largest in axial slice 7, coronal 4, sagittal 9; values 2 within 1, and one 9, which is no class."""
-    target = np.zeros(SHAPE, np.uint8)
-    target[7:11, 3:6, 5:9] = 1
-    target[9, 2:8, 5:9] = 1
-    target[7:12, 4, 4:9] = 1
-    target[5:12, 2:7, 7] = 1
-    target[9, 4, 7] = 2
-    if number == 1:
-        target[0, 0, 7] = 9
-    return target
-
-
-def space_of(affine: np.ndarray, shape: Sequence[int]) -> Space:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    rows = tuple(map(tuple, affine.tolist()))
-    return Space.model_validate({"shape": tuple(shape), "affine": rows, "spacing": tuple(spacing)})
-
-
-@pytest.fixture(scope="module")
-def brains(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Six cases with flair and t1, two without t1, one without target, one of other spacing and axes."""
-    volumes = {
-        name: Modality(kind="volume", dtype="int16", shape=(1, *SHAPE), codec="zarr", chunk=(1, 7, 6, 5))
-        for name in ("flair", "t1")
-    }
-    description = Description(
-        task="brains",
-        problem="segmentation",
-        container="zarr",
-        class_names=["background", "oedema", "core"],
-        modalities={
-            **volumes,
-            "age": Modality(kind="vector", dtype="float32", shape=(1,), codec="zarr", role="aux"),
-            "seg": Modality(
-                kind="volume", dtype="uint8", shape=(1, *SHAPE), codec="zarr", role="target", values=[0, 1, 2],
-                compression="zstd",
-            ),
-        },
-        source="made by the tests",
-        licence="none",
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("brains") / "shards"
-    with ShardWriter(folder, description) as writer:
-        for number in range(6):
-            spacing = (1.0, 1.0, 3.0) if number == 5 else (1.0, 1.0, 1.0)
-            signs = (1, 1, 1) if number == 5 else (-1, -1, 1)
-            arrays = {"flair": volume("flair", number)[None], "age": np.array([50], np.float32)}
-            if number not in (2, 3):
-                arrays["t1"] = volume("t1", number)[None]
-            if number != 4:
-                arrays["seg"] = lesion(number)[None]
-            space = space_of(np.diag([*np.multiply(spacing, signs), 1.0]), SHAPE)
-            writer.add(f"case-{number}", arrays, patient=f"p{number}", label=None, space=space)
-        writer.split([Fold(train=["p0", "p1"], val=["p2"], test=["p3", "p4"])], rule="by hand", seed=None)
-    return ShardSet(folder)
 
 
 @pytest.fixture
@@ -105,115 +39,6 @@ def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Sheet]:
     found: list[Sheet] = []
     monkeypatch.setattr(show_module, "draw", lambda sheet, out: found.append(sheet))
     return found
-
-
-def words(lines: str) -> list[list[str]]:
-    return [line.split() for line in lines.splitlines()]
-
-
-# info
-
-
-def test_info_counts_everything(toy: ShardSet):
-    text = info(toy)
-    for expected in (
-        "task 'toy', classes low, high",
-        "48 samples of 24 patients in 12 groups",
-        "format    2, classification, tars",
-        "checksums SHA-256 of each file, CRC-32C of each value",
-        "licence   none",
-        "folds: by patient (seed 1)",
-        "outcome: it is known only after the label",
-    ):
-        assert expected in text
-    lines = words(text)
-    slide = next(line for line in lines if line[:2] == ["slide", "image"])
-    assert slide[2:9] == ["12", "x", "10", "x", "3", "uint8", "png"]
-    gene = next(line for line in lines if line[:2] == ["gene", "vector"])
-    assert gene[-1] == "16"  # missing
-    assert ["low", "24", "50.0%", "12"] in lines
-    assert ["0", "train", "12", "24", "12", "12", "0"] in lines
-    assert ["2", "test", "8", "16", "8", "8", "0"] in lines
-    assert "role" not in text
-    assert "chunk" not in text
-
-
-def test_info_says_who_has_what_most_frequent_first(toy: ShardSet, brains: ShardSet):
-    lines = words(info(toy))
-    at = lines.index(["samples", "share", "gene", "slide", "coarse"])
-    assert lines[at + 1 : at + 3] == [["32", "66.7%", "x", "x", "x"], ["16", "33.3%", "-", "x", "x"]]
-    lines = words(info(brains))
-    at = lines.index(["samples", "share", "flair", "t1", "seg"])  # numbers about a sample are left out
-    assert [line[0] for line in lines[at + 1 : at + 4]] == ["3", "2", "1"]
-    assert lines[at + 3] == ["1", "16.7%", "x", "x", "-"]
-
-
-def test_info_of_a_segmentation_has_roles_chunks_and_spaces_in_place_of_labels(brains: ShardSet):
-    text = info(brains)
-    assert "format    2, segmentation, a zarr group" in text
-    assert "CRC-32C of each chunk" in text
-    assert "values of seg: 0 background, 1 oedema, 2 core" in text
-    assert "spaces: 1 shape 14 x 12 x 10 voxels, 2 spacings 1 x 1 x 1..3 mm" in text
-    lines = words(text)
-    assert ["5", "14", "x", "12", "x", "10", "1", "x", "1", "x", "1", "LPS"] in lines
-    assert ["1", "14", "x", "12", "x", "10", "1", "x", "1", "x", "3", "RAS"] in lines
-    assert ["0", "train", "2", "2"] in lines
-    flair = next(line for line in lines if line[:3] == ["flair", "input", "volume"])
-    assert "1 x 7 x 6 x 5" in " ".join(flair)
-    # the manifest leaves the target's chunk to the group, which has one chunk for so small a volume
-    seg = next(line for line in lines if line[:3] == ["seg", "target", "volume"])
-    assert " ".join(seg).count("1 x 14 x 12 x 10") == 2
-    assert "zarr+zstd" in seg
-    assert "no label" not in text
-
-
-def test_the_summary_is_what_lies_on_the_disk(brains: ShardSet):
-    found = json.loads(summary(brains).to_json())
-    volumes = brains.folder / "volumes.zarr"
-    assert found["bytes"] == sum(path.stat().st_size for path in volumes.rglob("*") if path.is_file())
-    t1 = found["modalities"]["t1"]
-    assert t1["bytes"] == sum(path.stat().st_size for path in (volumes / "t1" / "c").rglob("*") if path.is_file())
-    assert t1["raw_bytes"] == 4 * np.prod(SHAPE) * 2
-    assert (t1["present"], t1["missing"]) == (4, 2)
-    assert found["modalities"]["seg"]["values"] == [0, 1, 2]
-    assert found["combinations"][0] == {"modalities": ["flair", "t1", "seg"], "samples": 3}
-    assert [space["samples"] for space in found["spaces"]] == [5, 1]
-    assert found["classes"] == []
-    assert found["largest"]["bytes"] >= found["smallest"]["bytes"]
-    assert not found["smallest"]["file"].endswith(".json")
-
-
-def test_unequal_gaps_are_pointed_out(toy: ShardSet, tmp_path: Path):
-    assert missing_notes(toy.manifest) == []
-    unequal = open_toy(tmp_path / "shards")
-    for number, label in enumerate(unequal.manifest.samples.label):
-        if label == 1:
-            unequal.manifest.samples.bytes["gene"][number] = None
-    expected = "note: gene missing unequally (low 33%, high 100%): that tells the class; compare models on pairs only"
-    assert missing_notes(unequal.manifest) == [expected]
-    assert expected in info(unequal)
-
-
-def test_a_set_without_checksums_of_values_says_so(tmp_path: Path):
-    old = open_toy(tmp_path / "shards")
-    old.manifest.samples.crc32c.clear()
-    assert "checksums SHA-256 of each file, none of single values" in info(old)
-
-
-def test_what_was_verified_is_counted(toy: ShardSet, tmp_path: Path):
-    assert verified(toy, 2).startswith("checked 3 files, ")
-    assert "48 samples with 128 values" in verified(toy, 1)
-    volumes = placeless(tmp_path / "shards")
-    assert " 2 samples with 4 values in " in verified(volumes)
-    assert verified(volumes, 1).endswith(f"1 thread\n{volumes.folder}: every byte is as the manifest says")
-
-
-@pytest.mark.parametrize(("n_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.2 kB"), (5e10, "50.0 GB")])
-def test_sizes_are_readable(n_bytes: float, text: str):
-    assert size_words(n_bytes) == text
-
-
-# slices
 
 
 @pytest.mark.parametrize("plane", PLANES, ids=lambda plane: plane.name)
@@ -299,9 +124,6 @@ def test_every_class_has_a_colour_of_its_own(n_classes: int):
     colours = colour_map(n_classes)
     assert colours.shape == (n_classes, 3)
     assert len(np.unique(colours.round(3), axis=0)) == n_classes
-
-
-# show
 
 
 def test_the_picture_is_a_png(tmp_path: Path):
@@ -524,27 +346,6 @@ def test_one_outlier_does_not_flatten_the_curves(tmp_path: Path):
     show(shard_set, tmp_path / "samples.png")
 
 
-def placeless(folder: Path) -> ShardSet:
-    """Two volumes and a vector that no file places in a patient."""
-    description = Description(
-        task="arrays",
-        container="zarr",
-        class_names=["a", "b"],
-        modalities={
-            "ct": Modality(kind="volume", dtype="int16", shape=(1, *SHAPE), codec="zarr", chunk=(1, 7, 6, 5)),
-            "age": Modality(kind="vector", dtype="float32", shape=(4000,), codec="zarr"),
-        },
-        source="made by the tests",
-        licence="none",
-    )
-    with ShardWriter(folder, description) as writer:
-        for number in range(2):
-            arrays = {"ct": volume("ct", number)[None], "age": np.zeros(4000, np.float32)}
-            writer.add(f"c{number}", arrays, patient=f"p{number}", label=number, space=Space(shape=SHAPE))
-        writer.split([Fold(train=["p0"], val=[], test=["p1"])], rule="by hand", seed=None)
-    return ShardSet(folder)
-
-
 def test_anatomy_that_is_not_known_is_not_claimed(tmp_path: Path, sheets: list[Sheet]):
     shard_set = placeless(tmp_path / "shards")
     lines = words(info(shard_set))
@@ -563,13 +364,6 @@ def test_anatomy_that_is_not_known_is_not_claimed(tmp_path: Path, sheets: list[S
         write_map(tmp_path / "map.nii", np.zeros(SHAPE, np.uint8), Space(shape=SHAPE))
 
 
-def test_padded_blocks_of_vectors_are_no_largest_shard(tmp_path: Path):
-    found = summary(placeless(tmp_path / "shards"))
-    assert found.largest.file.startswith("volumes.zarr/ct/")
-    age = next(line for line in words(info(placeless(tmp_path / "more"))) if line[:2] == ["age", "vector"])
-    assert age[-2:] == ["-", "0"]  # no ratio
-
-
 @pytest.mark.parametrize(
     ("name", "written", "kind"),
     [("x.jpg", "x.jpg", "JPEG"), ("x.PNG", "x.PNG", "PNG"), ("x", "x.png", "PNG")],
@@ -578,14 +372,6 @@ def test_the_name_says_the_kind_of_the_picture(toy: ShardSet, tmp_path: Path, na
     assert show(toy, tmp_path / name, per_class=1).path == tmp_path / written
     with Image.open(tmp_path / written) as image:
         assert image.format == kind
-
-
-# the command
-
-
-def test_the_manifest_stands_for_its_folder(toy_folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["shards", "info", str(toy_folder / "manifest.json")]) == 0
-    assert f"{toy_folder}: task 'toy'" in capsys.readouterr().out
 
 
 def test_sets_are_looked_at_by_url(
@@ -600,18 +386,6 @@ def test_sets_are_looked_at_by_url(
         capsys.readouterr()
         assert main(["shards", "verify", server.url]) == 2
     assert "is remote: each shard is compared with its SHA-256 when it is fetched" in capsys.readouterr().err
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(toy_folder: Path):
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "distkd.cli", "shards", "info", str(toy_folder)]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-# what goes wrong
 
 
 def test_an_unknown_kind_of_picture_is_refused(toy: ShardSet, tmp_path: Path):
