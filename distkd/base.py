@@ -3,7 +3,8 @@
 Nothing here computes; the layers above decide what to do with these values.
 """
 
-# Shapes: B samples of this rank and pass, C classes, D feature width, N rows of the training set
+# Shapes: B samples of this rank and pass, C classes, D feature width, N rows of the training set, K channels of a map
+# of H x W places
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-__all__ = ["UNLABELLED", "Arriving", "Batch", "Forward", "InputSpec", "Outputs", "StepOutput", "StrictConfig", "World"]
+__all__ = [
+    "UNLABELLED",
+    "Arriving",
+    "Batch",
+    "Forward",
+    "InputSpec",
+    "Outputs",
+    "Pending",
+    "StepOutput",
+    "StrictConfig",
+    "World",
+]
 
 UNLABELLED = -1
 """Label of a sample whose class is unknown or hidden: it is distilled, never scored by cross entropy."""
@@ -62,6 +74,14 @@ class InputSpec:
     """(features,) of a vector, (channels, height, width) of an image, (channels, x, y, z) of a volume."""
 
 
+class Pending(Protocol):
+    """Inputs that travel as they are stored, and are made where a batch arrives."""
+
+    def make(self, device: torch.device, dtype: torch.dtype) -> Sequence[dict[str, Tensor]]:
+        """What the views of the batch still lack, one mapping a view."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The samples of one rank and one pass, and where in the run they are.
@@ -88,6 +108,8 @@ class Batch:
     epoch: int = 0
     progress: float = 0.0
     """Share of the run that is done, 0 <= progress < 1."""
+    pending: Pending | None = None
+    """What `to` completes the views with; None once it has."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -98,22 +120,29 @@ class Batch:
 
     def view(self, number: int) -> Batch:
         """The same samples with view `number` first; the last view stands in where fewer were made."""
+        assert self.pending is None, "views are complete after `to`"
         return replace(self, views=(self.views[min(number, len(self.views) - 1)],))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On `device`, with floating-point inputs as `dtype`; this one where it is so already."""
+        """On `device`, with floating-point inputs as `dtype` and nothing pending; this one where it is so already."""
 
         def made(x: Tensor) -> Tensor:
             return x.to(device, dtype if x.is_floating_point() else x.dtype, non_blocking=True)
 
         values = [x for view in self.views for x in view.values()]
-        if self.label_B.device == device and all(
+        there = self.label_B.device == device and all(
             x.device == device and (x.dtype == dtype or not x.is_floating_point()) for x in values
-        ):
+        )
+        if there and self.pending is None:
             return self
+        views = tuple({name: made(x) for name, x in view.items()} for view in self.views)
+        if self.pending is not None:
+            both = zip(views, self.pending.make(device, dtype), strict=True)
+            views = tuple({name: (view | late)[name] for name in self.present} for view, late in both)
         return replace(
             self,
-            views=tuple({name: made(x) for name, x in view.items()} for view in self.views),
+            views=views,
+            pending=None,
             present={name: x.to(device, non_blocking=True) for name, x in self.present.items()},
             label_B=self.label_B.to(device, non_blocking=True),
             index_B=self.index_B.to(device, non_blocking=True),
@@ -131,6 +160,10 @@ class Outputs:
     logits_BC: Tensor
     branches: dict[str, Outputs] = field(default_factory=dict[str, "Outputs"])
     """Per modality, where a multi-modal model has a head for each; empty otherwise."""
+    map_BKHW: Tensor | None = None
+    """Activations whose mean over places is `feature_BD`, signed as the network makes them; only of a pooled head."""
+    inner_BKHW: Tensor | None = None
+    """Those of an earlier stage, where the trunk was asked to hand them out."""
 
 
 class Forward(Protocol):

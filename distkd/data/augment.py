@@ -29,6 +29,7 @@ from distkd.ops.draws import counted, fold_in, text_key, uniform
 __all__ = [
     "AugmentConfig",
     "ImageDraw",
+    "corner",
     "crop_image",
     "crop_size",
     "image_draws",
@@ -37,6 +38,7 @@ __all__ = [
     "normal_noise",
     "vary_vectors",
     "warp_image",
+    "warp_thetas",
 ]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -178,12 +180,13 @@ def crop_size(crop: float | dict[str, float], modality: str, height: int, width:
 
 def crop_image(image_HWC: np.ndarray, size: tuple[int, int], draw: ImageDraw) -> np.ndarray:
     """A view of the pixels: nothing is copied."""
-    (height, width), (top, left) = size, _corner(image_HWC.shape, size, draw)
+    (height, width), (top, left) = size, corner(image_HWC.shape, size, draw)
     cut = image_HWC[top : top + height, left : left + width]
     return cut[:: -1 if draw.vflip else 1, :: -1 if draw.hflip else 1]
 
 
-def _corner(shape: tuple[int, ...], size: tuple[int, int], draw: ImageDraw) -> tuple[int, int]:
+def corner(shape: tuple[int, ...], size: tuple[int, int], draw: ImageDraw) -> tuple[int, int]:
+    """Row and column of the crop's first pixel, before it is mirrored."""
     # rounded, not floored: a coarse and a fine copy of a scene are then cut at one place, up to half a coarse pixel
     return int(draw.top * (shape[0] - size[0]) + 0.5), int(draw.left * (shape[1] - size[1]) + 0.5)
 
@@ -194,15 +197,23 @@ def warp_image(image_HWC: np.ndarray, size: tuple[int, int], draw: ImageDraw) ->
     Returns:
         Float32 (height, width, C), in the units of the image, a copy.
     """
-    if not draw.successive:
-        about = _crop_to_image(image_HWC.shape, size, draw)
-        return _sample(image_HWC, about @ _inverse(draw, size), size)
-    made = crop_image(image_HWC, size, draw)
-    still = replace(draw, angle=0.0, scale=1.0, shift=(0.0, 0.0))
-    for step in (replace(still, angle=draw.angle), replace(still, scale=draw.scale), replace(still, shift=draw.shift)):
-        if step.warps:
-            made = _sample(made, _inverse(step, size), size)
+    made = crop_image(image_HWC, size, draw) if draw.successive else image_HWC
+    for theta in warp_thetas(image_HWC.shape, size, draw):
+        made = _sample(made, theta, size)
     return made
+
+
+def warp_thetas(shape: tuple[int, ...], size: tuple[int, int], draw: ImageDraw) -> list[np.ndarray]:
+    """From where each resampling takes its pixels: (2, 3) of (x, y, 1), counted in half sides from the centres.
+
+    One of the stored image of `shape`, mirrored by it, too; or, where they are successive, one of the mirrored crop for
+    each of angle, scale and shift that changes something.
+    """
+    if not draw.successive:
+        return [_theta(_crop_to_image(shape, size, draw) @ _inverse(draw, size), shape, size)]
+    still = replace(draw, angle=0.0, scale=1.0, shift=(0.0, 0.0))
+    steps = (replace(still, angle=draw.angle), replace(still, scale=draw.scale), replace(still, shift=draw.shift))
+    return [_theta(_inverse(step, size), size, size) for step in steps if step.warps]
 
 
 def _inverse(draw: ImageDraw, size: tuple[int, int]) -> np.ndarray:
@@ -216,16 +227,17 @@ def _inverse(draw: ImageDraw, size: tuple[int, int]) -> np.ndarray:
 
 def _crop_to_image(shape: tuple[int, ...], size: tuple[int, int], draw: ImageDraw) -> np.ndarray:
     """From the crop's centre to the image's: 3 x 3, in pixels, mirrored as drawn."""
-    (height, width), (top, left) = size, _corner(shape, size, draw)
+    (height, width), (top, left) = size, corner(shape, size, draw)
     x, y = left + width / 2 - shape[1] / 2, top + height / 2 - shape[0] / 2
     return np.array([[-1 if draw.hflip else 1, 0, x], [0, -1 if draw.vflip else 1, y], [0, 0, 1]])
 
 
-def _sample(image_HWC: np.ndarray, source: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The image at places `source` (x, y, 1), pixels from the centres of result and image."""
-    height, width = image_HWC.shape[:2]
-    # torch counts both in half sides
-    theta = np.diag([2 / width, 2 / height]) @ source[:2] @ np.diag([size[1] / 2, size[0] / 2, 1])
+def _theta(source: np.ndarray, shape: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
+    """`source` (3 x 3, in pixels from the centres of result and image) in half sides, as torch counts."""
+    return np.diag([2 / shape[1], 2 / shape[0]]) @ source[:2] @ np.diag([size[1] / 2, size[0] / 2, 1])
+
+
+def _sample(image_HWC: np.ndarray, theta: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     image = torch.as_tensor(np.array(image_HWC.transpose(2, 0, 1), dtype=np.float32, order="C"))[None]
     grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32)[None], [1, 1, *size], align_corners=False)
     made = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -233,7 +245,9 @@ def _sample(image_HWC: np.ndarray, source: np.ndarray, size: tuple[int, int]) ->
 
 
 def jitter_steps(draw: ImageDraw) -> list[ImageDraw]:
-    """The jitter's factors one at a time, in the order drawn; those that change nothing are left out."""
+    """The jitter's factors one at a time, in the order drawn, or all at once; what changes nothing is left out."""
+    if not draw.order:
+        return [draw] if draw.jitters else []
     plain = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
     steps = [replace(draw, order=(), **{**plain, name: getattr(draw, name)}) for name in draw.order]
     return [step for step in steps if step.jitters]

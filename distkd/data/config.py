@@ -66,6 +66,9 @@ class DataConfig(StrictConfig):
     views: PositiveInt = 1
     """Independently augmented copies of each training sample; a method may ask for more."""
     augment: AugmentConfig = AugmentConfig()
+    transform_on: Literal["host", "device"] = "host"
+    """`device` sends images to the device as they are stored, whole, and crops, warps, jitters, normalises and coarsens
+    whole batches there. Vectors and volumes are made on the host either way."""
     image_mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.5,)
     """Subtracted from images of 0..1; one value, or one per channel."""
     image_std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.5,)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from distkd.base import UNLABELLED, Batch, InputSpec
-from distkd.data.augment import CENTRE, image_draws
+from distkd.data.augment import CENTRE, ImageDraw, image_draws
 from distkd.data.cache import Cache
 from distkd.data.config import DataConfig
 from distkd.data.manifest import MANIFEST, SPLITS, Split, check_modality, closest
+from distkd.data.on_device import PendingImages, StoredImages
 from distkd.data.remote.stream import samples_of_shards
 from distkd.data.shardset import ShardSet
 from distkd.data.splits import check_classes, choose_labelled, split_numbers
@@ -131,7 +133,7 @@ class Dataset:
             "label": columns.label[sample],
         }
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the manifest: equal for sets with the same samples in the same places."""
         return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
@@ -161,7 +163,7 @@ class Dataset:
         progress: float = 0.0,
         spare: Spare | None = None,
     ) -> Batch:
-        """Some samples on the CPU, float32.
+        """Some samples on the CPU, float32; with `data.transform_on: device` their images are pending.
 
         Args:
             samples: numbers in the manifest.
@@ -215,8 +217,9 @@ class Dataset:
             label_B = np.where(row_B >= 0, self.train_label_N[row_B], label_B)
         view_keys = [fold_in(key_B, view) for view in range(self.config.views)] if train else [None]
         views = self._views(sample_B, view_keys)
+        pending = self._pending(sample_B, view_keys) if self.config.transform_on == "device" else None
         return Batch(
-            views=tuple({name: torch.as_tensor(view[name]) for name in self._has} for view in views),
+            views=tuple({name: torch.as_tensor(view[name]) for name in self._has if name in view} for view in views),
             present={name: torch.as_tensor(has_S[sample_B]) for name, has_S in self._has.items()},
             label_B=torch.as_tensor(label_B),
             index_B=torch.as_tensor(row_B),
@@ -226,23 +229,56 @@ class Dataset:
             step=step,
             epoch=epoch,
             progress=progress,
+            pending=pending,
         )
 
     def _views(self, sample_B: np.ndarray, view_keys: Sequence[Tensor | None]) -> list[dict[str, np.ndarray]]:
-        """For each key every modality, (B, ...); zeros where a sample lacks it."""
+        """For each key every modality that the host makes, (B, ...); zeros where a sample lacks it."""
         views: list[dict[str, np.ndarray]] = [{} for _ in view_keys]
-        images: dict[str, list[str]] = {}
         for name in self.modalities:
-            kind = self.preprocess.inputs[name].spec.kind
-            if kind == "vector":
+            if self.preprocess.inputs[name].spec.kind == "vector":
                 self._add_vectors(views, name, sample_B, view_keys)
-            elif kind == "image":
-                images.setdefault(self._source[name], []).append(name)
-        for source, names in images.items():
-            self._add_images(views, source, names, sample_B, view_keys)
+        if self.config.transform_on == "host":
+            for source, names in self._images().items():
+                self._add_images(views, source, names, sample_B, view_keys)
         if self._volumes is not None:
             self._add_volumes(self._volumes, views, sample_B, view_keys)
         return views
+
+    def _images(self) -> dict[str, list[str]]:
+        """Inputs that are images, by the stored one that they are made of."""
+        found: dict[str, list[str]] = {}
+        for name in self.modalities:
+            if self.preprocess.inputs[name].spec.kind == "image":
+                found.setdefault(self._source[name], []).append(name)
+        return found
+
+    def _draws(self, view_keys: Sequence[Tensor | None], n_samples: int) -> list[list[ImageDraw]]:
+        """For each key the draws of the batch."""
+        return [
+            [CENTRE] * n_samples if key_B is None else image_draws(self.config.augment, key_B) for key_B in view_keys
+        ]
+
+    def _pending(self, sample_B: np.ndarray, view_keys: Sequence[Tensor | None]) -> PendingImages | None:
+        """The images as they are stored, to be made where the batch goes."""
+        draws = self._draws(view_keys, len(sample_B))
+        stored = [self._stored(source, names, sample_B, draws) for source, names in self._images().items()]
+        return PendingImages(stored) if stored else None
+
+    def _stored(
+        self, source: str, names: Sequence[str], sample_B: np.ndarray, draws: Sequence[Sequence[ImageDraw]]
+    ) -> StoredImages:
+        """One stored image, and what is to be made of it."""
+        place_P = np.flatnonzero(self._has[names[0]][sample_B])
+        modality = self.shard_set.manifest.modalities[source]
+        pixel_PHWC = np.empty((len(place_P), *modality.shape), dtype=modality.dtype)
+
+        def one(number: int) -> None:
+            raw = self._cache.read(source, int(sample_B[place_P[number]]))
+            pixel_PHWC[number] = self.preprocess.checked(names, raw)
+
+        self._each(one, range(len(place_P)))
+        return StoredImages.of(self.preprocess, names, pixel_PHWC, place_P, draws)
 
     def _add_vectors(
         self, views: list[dict[str, np.ndarray]], name: str, sample_B: np.ndarray, view_keys: Sequence[Tensor | None]
@@ -256,7 +292,7 @@ class Dataset:
                 try:
                     made_BF = self.preprocess.vectors(name, raw_BF, augment=self.config.augment, key_B=key_B)
                 except InfiniteRowsError as error:
-                    raise self._infinite(name, sample_B[has_B], error) from error
+                    raise self._infinite(name, int(sample_B[has_B][error.row_R[0]]), error) from error
                 view[name][has_B] = made_BF
 
     def _add_images(
@@ -271,13 +307,12 @@ class Dataset:
         for view in views:
             for name in names:
                 view[name] = np.zeros((len(sample_B), *self.preprocess.inputs[name].spec.shape), dtype=np.float32)
-        draws = [None if key_B is None else image_draws(self.config.augment, key_B) for key_B in view_keys]
+        draws = self._draws(view_keys, len(sample_B))
 
         def one(place: int) -> None:
             raw = self._cache.read(source, int(sample_B[place]))
             for view, draw_B in zip(views, draws, strict=True):
-                draw = CENTRE if draw_B is None else draw_B[place]
-                for name, image in self.preprocess.images(names, raw, draw).items():
+                for name, image in self.preprocess.images(names, raw, draw_B[place]).items():
                     view[name][place] = image
 
         self._each(one, np.flatnonzero(self._has[names[0]][sample_B]).tolist())
@@ -321,8 +356,7 @@ class Dataset:
             self._pool_process = os.getpid()
         return self._pool
 
-    def _infinite(self, name: str, samples: np.ndarray, error: InfiniteRowsError) -> SampleError:
-        sample = int(samples[error.row_R[0]])
+    def _infinite(self, name: str, sample: int, error: InfiniteRowsError) -> SampleError:
         return SampleError(f"{self.shard_set.where(sample, name)}: {error}", sample)
 
     def _fit_vector(self, name: str, samples: np.ndarray, features: list[str] | None) -> VectorInput:
@@ -331,9 +365,8 @@ class Dataset:
             try:
                 return fit_vector(raw_BF, features)
             except InfiniteRowsError as error:
-                for row in error.row_R[:1] if self.config.on_error == "fail" else error.row_R:
-                    sample = int(samples[row])
-                    self.unreadable.add(SampleError(f"{self.shard_set.where(sample, name)}: {error}", sample))
+                for row in error.row_R:
+                    self.unreadable.add(self._infinite(name, int(samples[row]), error))
                 samples = np.delete(samples, error.row_R)
 
     def _read_readable(self, name: str, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,7 @@ __all__ = [
     "fit_image",
     "fit_vector",
     "fit_volume",
+    "unit_of",
 ]
 
 
@@ -179,20 +180,39 @@ class Preprocess:
 
     def images(self, names: Iterable[str], raw_HWC: np.ndarray, draw: ImageDraw = CENTRE) -> dict[str, np.ndarray]:
         """What `image` makes of one stored image for several inputs, sharp and degraded; the sharp one is made once."""
-        sharp: list[tuple[ImageInput, np.ndarray]] = []
         made: dict[str, np.ndarray] = {}
+        for base, of_base in self.by_sharp(names):
+            image = _image(of_base[0], base, raw_HWC, draw)
+            for name in of_base:
+                copy = self._input(name)
+                made[name] = (
+                    degrade(image, copy.factor, restore=copy.restore) if isinstance(copy, DegradedInput) else image
+                )
+        return made
+
+    def by_sharp(self, names: Iterable[str]) -> list[tuple[ImageInput, list[str]]]:
+        """Inputs by the sharp image that they are made of, which most often is one."""
+        found: list[tuple[ImageInput, list[str]]] = []
         for name in names:
             fitted = self._input(name)
             base = fitted.image if isinstance(fitted, DegradedInput) else fitted
             assert isinstance(base, ImageInput), name
-            image = next((known for of, known in sharp if of == base), None)
-            if image is None:
-                image = _image(name, base, raw_HWC, draw)
-                sharp.append((base, image))
-            made[name] = (
-                degrade(image, fitted.factor, restore=fitted.restore) if isinstance(fitted, DegradedInput) else image
-            )
-        return made
+            known = next((of_base for of, of_base in found if of == base), None)
+            if known is None:
+                found.append((base, [name]))
+            else:
+                known.append(name)
+        return found
+
+    def checked(self, names: Iterable[str], raw_HWC: np.ndarray) -> np.ndarray:
+        """(H, W, C) of a stored image that several inputs are made of elsewhere.
+
+        Raises:
+            DataError: a shape, a type or values that the transform was not fitted for.
+        """
+        for base, of_base in self.by_sharp(names):
+            raw_HWC = _checked(of_base[0], base, raw_HWC)
+        return raw_HWC
 
     def _degraded(self, name: str, fitted: DegradedInput, raw_HWC: np.ndarray, draw: ImageDraw) -> np.ndarray:
         coarse = _coarse(fitted)
@@ -240,6 +260,12 @@ class Preprocess:
 
 
 def _image(name: str, fitted: ImageInput, raw_HWC: np.ndarray, draw: ImageDraw) -> np.ndarray:
+    raw_HWC = _checked(name, fitted, raw_HWC)
+    cut_HWC = (warp_image if draw.warps else crop_image)(raw_HWC, fitted.crop, draw)
+    return _to_model(cut_HWC, fitted, draw)
+
+
+def _checked(name: str, fitted: ImageInput, raw_HWC: np.ndarray) -> np.ndarray:
     if raw_HWC.ndim == 2:
         raw_HWC = raw_HWC[:, :, None]
     if raw_HWC.shape != fitted.shape or raw_HWC.dtype.kind not in "fiu":
@@ -249,8 +275,7 @@ def _image(name: str, fitted: ImageInput, raw_HWC: np.ndarray, draw: ImageDraw) 
         )
     if raw_HWC.dtype.kind == "f" and not np.isfinite(raw_HWC).all():
         raise DataError(f"{name!r} holds values that are not finite; mend the image")
-    cut_HWC = (warp_image if draw.warps else crop_image)(raw_HWC, fitted.crop, draw)
-    return _to_model(cut_HWC, fitted, draw)
+    return raw_HWC
 
 
 def _coarse(fitted: DegradedInput) -> ImageInput | None:
@@ -279,10 +304,15 @@ def _volume(fitted: VolumeInput, raw_Cxyz: np.ndarray, box: Box | None, statisti
     return finish_image(normalise_crop(raw_Cxyz, statistics, fitted.view.normalise), box)
 
 
+def unit_of(fitted: ImageInput) -> np.float32:
+    """What stored values are multiplied by to lie in 0..1."""
+    return np.float32(1 / fitted.full_scale)
+
+
 def _to_model(cut_HWC: np.ndarray, fitted: ImageInput, draw: ImageDraw) -> np.ndarray:
     """Jitter, clamp, normalise; channel by channel, so that no value depends on another pixel's place."""
     channels = cut_HWC.shape[2]
-    unit = np.float32(1 / fitted.full_scale)
+    unit = unit_of(fitted)
     made = np.array(cut_HWC.transpose(2, 0, 1), dtype=np.float32, order="C")
     if not draw.jitters:  # nothing leaves 0..1, so there is nothing to clamp
         for channel in range(channels):

@@ -187,10 +187,12 @@ def test_a_sample_can_be_described(toy: ShardSet):
 
 
 def test_it_says_where_its_samples_come_from(toy: ShardSet):
-    found = dataset(toy, labelled=6).provenance()
+    data = dataset(toy, labelled=6)
+    found = data.provenance()
     assert found["samples"] == {"train": 24, "val": 8, "test": 16}
     assert (found["task"], found["fold"], found["labelled"], found["licence"]) == ("toy", 0, 6, "none")
     assert len(found["manifest_sha256"]) == 64
+    assert data.digest is data.digest  # it is counted once
 
 
 @pytest.mark.parametrize(

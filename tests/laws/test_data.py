@@ -1,9 +1,10 @@
-"""Laws 1 and 2 for what data may be: streams, balanced draws, damaged samples, coarse copies made on the way."""
+"""Laws 1 to 3 for what data may be: streams, balanced draws, damaged samples, coarse copies, images made late."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,28 @@ from distkd.data.loader import train_batches
 from distkd.data.remote.stream import StreamReader
 from distkd.data.shardset import ShardSet
 from distkd.errors import ConfigError, DataError
+from distkd.metrics.meters import Stopwatch
 from distkd.train.job import assemble
-from distkd.train.loop import train
+from distkd.train.loop import train, train_step
 from tests.data.test_unreadable import damage
 from tests.data.toy import write_toy
 from tests.laws.common import ending, equal_up_to, law_config, run_steps, settings_of, train_until
+from tests.laws.test_one_backward import Asked
 
 DAMAGED = {"s-005", "s-040", "s-041", "s-077"}
 STREAM = {"lanes": 4, "buffer": 12}
+VARIED: dict[str, Any] = {
+    "hflip": 0.5, "crop": 8, "rotation": 30, "scale": [0.9, 1.1], "shift": [0.1, 0], "affine_probability": 0.5,
+    "warps": "successive", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "jitter_order": "random",
+    "jitter_probability": 0.5,
+}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "folder in a stream": {"access": "stream", "stream": STREAM},
     "url": {"access": "stream", "stream": STREAM},
     "oversample": {"balance": "oversample"},
     "damaged": {"on_error": "skip", "max_skipped": 0.1},
     "warped": {"augment": {"rotation": 30, "scale": [0.9, 1.1], "affine_probability": 0.5, "jitter_order": "random"}},
+    "on the device": {"transform_on": "device", "augment": VARIED},
 }
 
 
@@ -79,7 +88,7 @@ def test_one_two_and_four_ranks_take_the_same_steps(ranks: Any, toy: Path, damag
             equal_up_to(trace.weights, one.weights, 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["url", "damaged"])
+@pytest.mark.parametrize("kind", ["url", "damaged", "on the device"])
 def test_a_killed_run_ends_bit_equal(ranks: Any, toy: Path, damaged: Path, tmp_path: Path, kind: str):
     whole, broken = (config_of(kind, toy, damaged, tmp_path, name=name) for name in ("whole", "broken"))
     ranks(2).run(train_until, config=whole)
@@ -91,6 +100,28 @@ def test_a_killed_run_ends_bit_equal(ranks: Any, toy: Path, damaged: Path, tmp_p
         assert torch.equal(found[name], tensor), name
     if kind == "damaged":
         told_in_metrics_and_events(settings_of(whole).folder, damaged)
+
+
+def test_host_and_device_begin_alike(toy: Path, damaged: Path, tmp_path: Path):
+    losses = []
+    for where in ("host", "device"):
+        config = config_of("on the device", toy, damaged, tmp_path)
+        config["data"]["transform_on"] = where
+        losses.append(run_steps(World(), config=config, steps=2).losses)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the host rounds images to float32
+    assert losses[0] != losses[1]
+
+
+def test_no_step_asks_the_device_on_which_images_are_made(toy: Path, damaged: Path, tmp_path: Path):
+    job = assemble(settings_of(config_of("on the device", toy, damaged, tmp_path)), World())
+    job.method.trainable.train()
+    with closing(train_batches(job.dataset, job.plan, World(), 1, 0)) as batches:
+        train_step(job, next(batches)[1], Stopwatch())
+        _, passes = next(batches)
+    assert passes[0].pending is not None
+    with Asked() as asked:
+        train_step(job, passes, Stopwatch())
+    assert asked.found == []
 
 
 def told_in_metrics_and_events(folder: Path, damaged: Path) -> None:
