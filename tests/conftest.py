@@ -49,9 +49,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def root(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run root that holds a trained multi-modal teacher named `teacher`."""
+    """A run root that holds a trained multi-modal teacher named `teacher`, which hands out a map of its image."""
     root = tmp_path_factory.mktemp("runs")
-    config = law_config("supervised", shards, root, run={"name": "teacher", "epochs": 1})
+    encoders = {"path": {"name": "cnn", "widths": [8, 16], "head": "pooled"}}
+    config = law_config("supervised", shards, root, run={"name": "teacher", "epochs": 1}, model={"encoders": encoders})
     train(settings_of(config), World())
     return root
 

@@ -24,11 +24,18 @@ class MethodConfig(StrictConfig):
 
     needs_teacher: ClassVar[bool] = False
     """Whether `teacher.export` must name a trained teacher."""
+    needs_maps: ClassVar[bool] = False
+    """Whether student and teacher must hand out a map, as image encoders with a pooled head do."""
     views: ClassVar[int] = 1
     """Independently augmented copies of a sample that a step reads."""
 
     name: Any  # each method narrows it to the one text that it is
     """Which method: a file of `distkd/methods`."""
+
+    @property
+    def second_order(self) -> bool:
+        """Whether a step differentiates what the student's forward gave, and the backward that result again."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)

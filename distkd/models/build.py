@@ -1,11 +1,11 @@
 """From a config to a classifier: one encoder per modality, a fusion where there are several, a linear head on each."""
 
-# Shapes: B samples, D feature width, C classes
+# Shapes: B samples, D feature width, C classes, K channels of a map of H x W places
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from distkd.base import Batch, InputSpec, Outputs, StrictConfig
 from distkd.errors import ConfigError, ShapeError
+from distkd.models.backbones import Backbone, Library, backbone
 from distkd.models.cnn import CNN
 from distkd.models.dropout import dropout_keys, salt_by_path
 from distkd.models.fusion import ConcatFusion, GatedBilinearFusion
 from distkd.models.mlp import MLP
 from distkd.models.norm import Norm
-from distkd.models.resnet import ResNetEncoder
+from distkd.models.resnet import ResNet18
 from distkd.models.snn import SNN, max_init
+from distkd.models.trunk import ImageEncoder, Trunk
+from distkd.models.vgg import VGG16
+from distkd.models.weights import load_weights
 
 __all__ = ["Classifier", "EncoderConfig", "ModelConfig", "build", "parameter_table"]
 
@@ -31,16 +35,30 @@ _SMALL_IMAGE = 64
 
 _WIDTHS = {"mlp": (128,), "snn": (64, 48, 32), "cnn": (16, 32, 64)}
 
+_OF_IMAGES = ("cnn", "resnet18", "vgg16", "timm", "monai")
+_LIBRARIES: tuple[Library, ...] = ("timm", "monai")
+_PRETRAINED = {"resnet18": "ResNet-18", "vgg16": "VGG16"}
+_POOLED = ("vgg16", *_LIBRARIES)
+"""Encoders whose head is pooled where nothing else is asked for."""
+
 
 class EncoderConfig(StrictConfig):
     """The network of one modality."""
 
-    name: Literal["auto", "mlp", "snn", "cnn", "resnet18"] = "auto"
-    """`auto`: `mlp` for vectors, `cnn` for images below 64 px, `resnet18` for larger ones."""
+    name: Literal["auto", "mlp", "snn", "cnn", "resnet18", "vgg16", "timm", "monai"] = "auto"
+    """`auto`: `mlp` for vectors, `cnn` for images below 64 px, `resnet18` for larger ones. `timm` and `monai`: the
+    network of that library which `backbone` names."""
+    backbone: str | None = None
+    """Name of the network in its library, as `convnext_tiny` of timm or `densenet121` of MONAI."""
+    head: Literal["auto", "projected", "pooled"] = "auto"
+    """What follows an image's last map: `projected` is pool, linear, norm, ReLU to `feature_dim`; `pooled` is the pool
+    alone (GAP + linear), so that each place's share in a class is known: its feature is as wide as the map. `auto`:
+    `pooled` for vgg16, timm and monai, `projected` for cnn and resnet18."""
     widths: tuple[PositiveInt, ...] | None = None
     """Hidden widths or channels of mlp, snn and cnn; unset takes (128), (64, 48, 32) and (16, 32, 64)."""
     weights: Path | None = None
-    """ImageNet weights for resnet18, a state dict with the usual names as .safetensors or plain .pth."""
+    """Pretrained weights for resnet18, vgg16, timm and monai: a local file, .safetensors or plain .pth, of a state dict
+    with the usual names, or with those of the library. Nothing is downloaded."""
 
 
 class ModelConfig(StrictConfig):
@@ -53,7 +71,7 @@ class ModelConfig(StrictConfig):
     fusion: Literal["auto", "gated_bilinear", "concat"] = "auto"
     """`auto`: gated bilinear for an image with a vector, else concatenation."""
     feature_dim: PositiveInt = 128
-    """Width of every feature."""
+    """Width of every feature, but those of pooled heads."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of dropped values, where a network has dropout."""
     norm: Norm = "sync"
@@ -68,13 +86,25 @@ class Branch(nn.Module):
     def __init__(self, encoder: nn.Module, feature_dim: int, n_classes: int):
         super().__init__()
         self.encoder = encoder
-        self.classifier = nn.Linear(feature_dim, n_classes)
+        self.feature_dim = encoder.feature_dim if isinstance(encoder, ImageEncoder) else feature_dim
+        self.classifier = nn.Linear(self.feature_dim, n_classes)
         if isinstance(encoder, SNN):
             max_init(self.classifier)  # in the source it is a part of the genomic network
 
+    @property
+    def trunk(self) -> Trunk | None:
+        """The network behind a pooled head, whose map is handed out."""
+        if isinstance(self.encoder, ImageEncoder) and self.encoder.head is None:
+            return self.encoder.trunk
+        return None
+
     def forward(self, x: Tensor) -> Outputs:
-        feature_BD = self.encoder(x)
-        return Outputs(feature_BD, self.classifier(feature_BD))
+        map_BKHW, inner = None, None
+        if isinstance(self.encoder, ImageEncoder):
+            feature_BD, map_BKHW, inner = self.encoder(x)
+        else:
+            feature_BD = self.encoder(x)
+        return Outputs(feature_BD, self.classifier(feature_BD), map_BKHW=map_BKHW, inner_BKHW=inner)
 
 
 class Classifier(nn.Module):
@@ -91,7 +121,6 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.n_classes = n_classes
-        self.feature_dim = config.feature_dim
         self.modalities = list(config.modalities)
         self.specs = {name: specs[name] for name in self.modalities}
         encoders = {name: _encoder(name, config, spec, pretrained) for name, spec in self.specs.items()}
@@ -100,18 +129,35 @@ class Classifier(nn.Module):
         )
         self.fusion: nn.Module | None = None
         if len(self.modalities) > 1:
-            self.fusion = _fusion(config, self.specs)
+            self.fusion = _fusion(config, self.specs, [self.branch(name).feature_dim for name in self.modalities])
             self.fused_classifier = nn.Linear(config.feature_dim, n_classes)
         salt_by_path(self)
 
     @property
+    def feature_dim(self) -> int:
+        """Width of the feature that the prediction is made of."""
+        return self.classifier.in_features
+
+    @property
     def classifier(self) -> nn.Linear:
         """The linear head whose logits are the prediction."""
-        if self.fusion is not None:
-            return self.fused_classifier
-        branch = self.branches[self.modalities[0]]
+        return self.branch(self.modalities[0]).classifier if self.fusion is None else self.fused_classifier
+
+    def branch(self, modality: str) -> Branch:
+        """Encoder and head of one modality."""
+        branch = self.branches[modality]
         assert isinstance(branch, Branch)
-        return branch.classifier
+        return branch
+
+    @property
+    def mapped(self) -> Branch | None:
+        """The one branch that hands out a map, None where none or several do."""
+        found = [branch for name in self.modalities if (branch := self.branch(name)).trunk is not None]
+        return found[0] if len(found) == 1 else None
+
+    def mapped_outputs(self, out: Outputs) -> Outputs:
+        """What `mapped` gave, of the outputs of this model."""
+        return next((branch for branch in out.branches.values() if branch.map_BKHW is not None), out)
 
     def branch_parameters(self, modality: str) -> list[nn.Parameter]:
         """Encoder and head of one modality."""
@@ -196,20 +242,40 @@ def _check_encoder(name: str, config: ModelConfig, spec: InputSpec) -> None:
             f"modality {name!r} is a volume, for which this version has no network yet; use images and vectors"
         )
     chosen, kind = _encoder_name(name, config, spec), spec.kind
-    if (chosen in ("cnn", "resnet18")) != (kind == "image"):
-        fitting = "cnn or resnet18" if kind == "image" else "mlp or snn"
+    if (chosen in _OF_IMAGES) != (kind == "image"):
+        fitting = _listed(_OF_IMAGES if kind == "image" else ("mlp", "snn"))
         raise ConfigError(f"model.encoders.{name}: {chosen} does not take a modality of kind {kind}; use {fitting}")
     section = config.encoders.get(name, EncoderConfig())
-    if section.weights is not None and chosen != "resnet18":
+    if section.head != "auto" and kind != "image":
         raise ConfigError(
-            f"model.encoders.{name}.weights: {chosen} has no pretrained weights; use resnet18 or leave it out"
+            f"model.encoders.{name}.head={section.head} is for images, {name!r} is a {kind}; leave it out"
         )
-    if section.weights is not None and config.norm != "sync":
+    if chosen == "vgg16" and min(spec.shape[1:]) < VGG16.least:
+        raise ConfigError(
+            f"model.encoders.{name}: vgg16 needs images of at least {VGG16.least} px, {name!r} has "
+            f"{' x '.join(map(str, spec.shape[1:]))}; use cnn"
+        )
+    if section.weights is not None and chosen not in (*_PRETRAINED, *_LIBRARIES):
+        raise ConfigError(
+            f"model.encoders.{name}.weights: {chosen} has no pretrained weights; use "
+            f"{_listed((*_PRETRAINED, *_LIBRARIES))}, or leave it out"
+        )
+    if section.weights is not None and chosen == "resnet18" and config.norm != "sync":
         raise ConfigError(
             f"model.encoders.{name}.weights were trained with batch norm; set model.norm=sync, not {config.norm}"
         )
-    if section.widths is not None and chosen == "resnet18":
-        raise ConfigError(f"model.encoders.{name}.widths: those of resnet18 are fixed; leave it out or use cnn")
+    if section.backbone is None and chosen in _LIBRARIES:
+        raise ConfigError(
+            f"model.encoders.{name}: {chosen} needs the name of one of its networks; set backbone, such as "
+            f"{'convnext_tiny' if chosen == 'timm' else 'densenet121'}"
+        )
+    if section.backbone is not None and chosen not in _LIBRARIES:
+        raise ConfigError(
+            f"model.encoders.{name}.backbone={section.backbone} is for timm and monai, not for {chosen}; set name=timm "
+            "or name=monai, or leave it out"
+        )
+    if section.widths is not None and chosen in (*_PRETRAINED, *_LIBRARIES):
+        raise ConfigError(f"model.encoders.{name}.widths: those of {chosen} are fixed; leave it out or use cnn")
 
 
 def _encoder_name(name: str, config: ModelConfig, spec: InputSpec) -> str:
@@ -221,6 +287,10 @@ def _encoder_name(name: str, config: ModelConfig, spec: InputSpec) -> str:
     return "cnn" if min(spec.shape[1:]) < _SMALL_IMAGE else "resnet18"
 
 
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -229,25 +299,42 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 def _encoder(name: str, config: ModelConfig, spec: InputSpec, pretrained: bool) -> nn.Module:
     section = config.encoders.get(name, EncoderConfig())
     chosen, n_inputs = _encoder_name(name, config, spec), spec.shape[0]
-    if chosen == "resnet18":
-        weights = section.weights if pretrained else None
-        return ResNetEncoder(n_inputs, config.feature_dim, norm=config.norm, weights=weights)
+    if chosen in _OF_IMAGES:
+        pooled = section.head == "pooled" or (section.head == "auto" and chosen in _POOLED)
+        trunk = _trunk(name, config, spec, pooled)
+        if section.weights is not None and pretrained:
+            if isinstance(trunk, Backbone):
+                trunk.load(section.weights)
+            else:
+                load_weights(trunk, section.weights, name=_PRETRAINED[chosen], without=("fc.", "classifier."))
+        return ImageEncoder(trunk, None if pooled else config.feature_dim, norm=config.norm)
     widths = _WIDTHS[chosen] if section.widths is None else section.widths
-    if chosen == "cnn":
-        return CNN(n_inputs, widths, config.feature_dim, norm=config.norm)
     if chosen == "snn":
         return SNN(n_inputs, widths, config.feature_dim, dropout=config.dropout)
     return MLP(n_inputs, widths, config.feature_dim, norm=config.norm, dropout=config.dropout)
 
 
-def _fusion(config: ModelConfig, specs: Mapping[str, InputSpec]) -> nn.Module:
+def _trunk(name: str, config: ModelConfig, spec: InputSpec, pooled: bool) -> Trunk:
+    section, channels = config.encoders.get(name, EncoderConfig()), spec.shape[0]
+    chosen = _encoder_name(name, config, spec)
+    if chosen in _LIBRARIES:
+        assert section.backbone is not None
+        weights, where = section.weights is not None, f"model.encoders.{name}"
+        return backbone(chosen, section.backbone, spec.shape, norm=config.norm, weights=weights, where=where)
+    if chosen == "vgg16":
+        return VGG16(channels)
+    if chosen == "resnet18":
+        return ResNet18(channels, norm=config.norm)
+    return CNN(channels, section.widths or _WIDTHS["cnn"], norm=config.norm, signed=pooled)
+
+
+def _fusion(config: ModelConfig, specs: Mapping[str, InputSpec], dims: Sequence[int]) -> nn.Module:
     kinds = sorted(spec.kind for spec in specs.values())
     fitting = "gated_bilinear" if kinds == ["image", "vector"] else "concat"
     chosen = fitting if config.fusion == "auto" else config.fusion
-    dim, n = config.feature_dim, len(specs)
     if chosen == "gated_bilinear":
-        return GatedBilinearFusion(dim, dim, dim, norm=config.norm, dropout=config.dropout)
-    return ConcatFusion([dim] * n, dim, norm=config.norm, dropout=config.dropout)
+        return GatedBilinearFusion(dims[0], dims[1], config.feature_dim, norm=config.norm, dropout=config.dropout)
+    return ConcatFusion(dims, config.feature_dim, norm=config.norm, dropout=config.dropout)
 
 
 def parameter_table(model: Classifier) -> list[tuple[str, int]]:

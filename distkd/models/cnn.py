@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
-from distkd.models.norm import Norm, linear_before_norm, make_norm
+from distkd.models.norm import Norm, make_norm
+from distkd.models.trunk import Stage, Trunk, chain
 
 __all__ = ["CNN"]
 
 
-class CNN(nn.Module):
-    """(B, channels, H, W) to (B, feature_dim), non-negative: strided 3x3 convolutions, average pool, linear, ReLU."""
+class CNN(Trunk):
+    """Strided 3x3 convolutions with norm and ReLU, one a stage; each halves the sides, rounded up.
 
-    def __init__(self, channels: int, widths: Sequence[int], feature_dim: int, *, norm: Norm):
+    Signed, the last one has no ReLU, as in the network of inter-resolution distillation.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int], *, norm: Norm, signed: bool = False):
         super().__init__()
         sizes = [channels, *widths]
+        self.width = sizes[-1]
+        self.n_stages = len(widths)
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
             layers += [
@@ -25,10 +31,9 @@ class CNN(nn.Module):
                 make_norm(norm, after, 2),
                 nn.ReLU(),
             ]
-        self.trunk = nn.Sequential(*layers)
-        self.head = nn.Sequential(
-            linear_before_norm(norm, sizes[-1], feature_dim), make_norm(norm, feature_dim, 1), nn.ReLU()
-        )
+        for number, layer in enumerate(layers[:-1] if signed else layers):
+            self.add_module(str(number), layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.trunk(x).mean(dim=(2, 3)))
+    def stages(self) -> list[Stage]:
+        layers = list(self.children())
+        return [chain(layers[3 * number : 3 * number + 3]) for number in range(self.n_stages)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["kl_at_temperature", "labelled_cross_entropy"]
+__all__ = ["kl_at_temperature", "labelled_cross_entropy", "soft_cross_entropy"]
 
 
 def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
@@ -44,3 +44,19 @@ def labelled_cross_entropy(logits_BC: Tensor, label_B: Tensor, labelled_share: f
     """
     total = F.cross_entropy(logits_BC, label_B.clamp_min(-1), ignore_index=-1, reduction="sum")
     return total / (label_B.shape[0] * labelled_share)
+
+
+def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of the student's prediction with the teacher's softened one; the student's logits stay as they are.
+
+    Args:
+        student_BC: logits; the gradient flows here only if `teacher_BC` is detached.
+        teacher_BC: logits.
+        temperature: divisor of the teacher's logits, unitless, > 0 (1 in the source).
+
+    Returns:
+        Mean over B, scalar, natural units, at least the entropy of the teacher's prediction. Local: no collective.
+
+    Source: card `inter-resolution-at-plus`, section 4.
+    """
+    return F.cross_entropy(student_BC, F.softmax(teacher_BC / temperature, dim=-1))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, StringConstraints, field_validator, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    SerializeAsAny,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from distkd.base import StrictConfig, World
 from distkd.data.dataset import DataConfig
@@ -99,6 +107,8 @@ class EvalConfig(StrictConfig):
     """`best` exports the weights with the best `metric` on the validation split, `last` those of the last step."""
     metric: str = "auc_macro"
     """Validation metric that selects; higher is better."""
+    min_gain: NonNegativeFloat = 0.0
+    """By how much it has to exceed the best so far to select anew; the first value always does."""
     level: Literal["sample", "group", "patient"] = "patient"
     """Level of the headline metrics: single samples, groups such as regions of interest, or patients."""
     patient_rule: Literal["mean", "max"] = "mean"
@@ -129,6 +139,13 @@ class Settings(StrictConfig):
     def _engine_fits(self) -> Settings:
         if self.engine.name != "ddp" and self.optim.fused == "apex":
             raise ConfigError(f"optim.fused=apex is not available under {self.engine.name}; use optim.fused torch")
+        plain = self.engine.name == "ddp" and self.engine.precision in ("fp32", "fp64") and not self.engine.compile
+        if self.method.second_order and not plain:
+            raise ConfigError(
+                f"method {self.method.name!r} as configured differentiates the student's outputs within the step, "
+                "which is available with engine.name ddp, precision fp32 or fp64, without compile; use these, or "
+                "maps that need no backward pass (method.level_attention -1)"
+            )
         return self
 
     @property

@@ -48,7 +48,8 @@ SMALL: dict[str, dict[str, Any]] = {
 def law_config(method: str, shards: Path, root: Path, **overrides: Any) -> dict[str, Any]:
     """The config of a method's law run; `overrides` replace whole sections' fields."""
     kind = methods.config_class(method)
-    student = {"modalities": ["path"], "encoders": {"path": {"name": "cnn", "widths": [8, 16]}}}
+    head = "pooled" if kind.needs_maps else "projected"
+    student = {"modalities": ["path"], "encoders": {"path": {"name": "cnn", "widths": [8, 16], "head": head}}}
     both = {**student, "modalities": ["path", "omic"], "fusion": "gated_bilinear"}
     config: dict[str, Any] = {
         "run": {"root": str(root), "name": method, "epochs": 4, "seed": 3, "log_every": 2},

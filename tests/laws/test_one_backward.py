@@ -21,7 +21,7 @@ from distkd.train.loop import train_step
 from tests.laws.common import law_config, run_steps, settings_of
 
 # (all-reduces, all-gathers) of a step beyond DDP's gradient buckets, where no layer shares batch statistics
-COLLECTIVES = {"crd": (0, 1), "dc_distill": (1, 1), "prototype_kd": (0, 1), "rrd": (0, 1)}
+COLLECTIVES = {"at_plus": (1, 0), "crd": (0, 1), "dc_distill": (1, 1), "prototype_kd": (0, 1), "rrd": (0, 1)}
 
 
 @pytest.mark.parametrize("method", methods.available())

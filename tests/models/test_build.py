@@ -16,8 +16,9 @@ from distkd.models.dropout import KeyedDropout
 from distkd.models.fusion import ConcatFusion, GatedBilinearFusion
 from distkd.models.mlp import MLP
 from distkd.models.norm import set_world
-from distkd.models.resnet import ResNetEncoder
+from distkd.models.resnet import ResNet18
 from distkd.models.snn import SNN
+from distkd.models.trunk import ImageEncoder
 from tests.models.common import make_batch, rows_of
 
 PATH, OMIC = InputSpec("image", (3, 512, 512)), InputSpec("vector", (80,))
@@ -59,12 +60,13 @@ def test_networks_have_the_parameters_of_the_card():
         (InputSpec("vector", (9,)), MLP),
         (InputSpec("image", (1, 28, 28)), CNN),
         (InputSpec("image", (3, 63, 200)), CNN),
-        (InputSpec("image", (3, 64, 64)), ResNetEncoder),
+        (InputSpec("image", (3, 64, 64)), ResNet18),
     ],
 )
 def test_the_default_encoder_fits_the_input(spec, encoder):
     model = build(ModelConfig(modalities=["x"]), {"x": spec}, 2, seed=0)
-    assert isinstance(model.branches["x"].encoder, encoder)
+    found = model.branch("x").encoder
+    assert isinstance(found.trunk if isinstance(found, ImageEncoder) else found, encoder)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
     assert _message(modalities=omic, encoders={"omics": {}}) == (
         "model.encoders.omics: no such modality in model.modalities ['omic']; did you mean 'omic'?"
     )
-    assert "tile: snn does not take a modality of kind image; use cnn or resnet18" in _message(
+    assert "tile: snn does not take a modality of kind image; use cnn, resnet18, vgg16, timm or monai" in _message(
         modalities=tile, encoders={"tile": {"name": "snn"}}
     )
     assert "omic: resnet18 does not take a modality of kind vector; use mlp or snn" in _message(
@@ -251,7 +253,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
         modalities=["tile", "omic", "note"], fusion="gated_bilinear"
     )
     assert "gated_bilinear takes two modalities, found 1" in _message(modalities=tile, fusion="gated_bilinear")
-    assert "tile.weights: cnn has no pretrained weights; use resnet18" in _message(
+    assert "tile.weights: cnn has no pretrained weights; use resnet18, vgg16, timm or monai, or leave it" in _message(
         modalities=tile, encoders={"tile": {"weights": "w.pth"}}
     )
     assert "set model.norm=sync, not group" in _message(
@@ -265,7 +267,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
 
 def test_an_unknown_encoder_is_refused_when_the_config_is_read():
-    with pytest.raises(ValueError, match=r"encoders\.tile\.name\n.*'mlp', 'snn', 'cnn' or 'resnet18'"):
+    with pytest.raises(ValueError, match=r"encoders\.tile\.name\n.*'mlp', 'snn', 'cnn', 'resnet18', 'vgg16', 'timm'"):
         ModelConfig.model_validate({"modalities": ["tile"], "encoders": {"tile": {"name": "resnet"}}})
 
 

@@ -18,8 +18,10 @@ from distkd.models.dropout import KeyedAlphaDropout, dropout_keys
 from distkd.models.heads import Projector, unit_rows
 from distkd.models.mlp import MLP
 from distkd.models.norm import SyncBatchNorm
-from distkd.models.resnet import ResNet18, ResNetEncoder, load_imagenet
+from distkd.models.resnet import ResNet18
 from distkd.models.snn import SNN
+from distkd.models.trunk import ImageEncoder
+from distkd.models.weights import load_weights
 
 
 def _count(module: nn.Module) -> int:
@@ -80,13 +82,19 @@ def test_resnet18_equals_a_plain_functional_form(imagenet):
     for layer in (1, 2, 3, 4):
         x = block(x, f"layer{layer}.0", 1 if layer == 1 else 2)
         x = block(x, f"layer{layer}.1", 1)
-    torch.testing.assert_close(trunk(image), nn.functional.adaptive_avg_pool2d(x, 1).flatten(1), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(trunk(image)[0], x, atol=1e-10, rtol=1e-10)
+    feature, map_BKHW, inner = ImageEncoder(trunk, None, norm="sync")(image)
+    assert map_BKHW is not None
+    assert inner is None
+    torch.testing.assert_close(feature, nn.functional.adaptive_avg_pool2d(x, 1).flatten(1), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("norm", ["sync", "group"])
 @pytest.mark.parametrize("channels, size", [(1, 28), (3, 64)])
 def test_resnet18_takes_grey_and_colour_images_of_any_size(norm, channels, size):
-    feature = ResNetEncoder(channels, 16, norm=norm)(torch.randn(2, channels, size, size))
+    encoder = ImageEncoder(ResNet18(channels, norm=norm), 16, norm=norm)
+    feature, map_BKHW, _ = encoder(torch.randn(2, channels, size, size))
+    assert map_BKHW is None  # the logits are no linear function of it
     assert feature.shape == (2, 16)
     assert (feature >= 0).all()
 
@@ -94,14 +102,14 @@ def test_resnet18_takes_grey_and_colour_images_of_any_size(norm, channels, size)
 def test_weights_of_a_release_without_batch_counts_load(tmp_path, imagenet):
     old = {name: tensor for name, tensor in imagenet.items() if not name.endswith("num_batches_tracked")}
     assert len(old) == 102
-    load_imagenet(trunk := ResNet18(3), _saved(old, tmp_path / "old.pth"))
+    _load(trunk := ResNet18(3), _saved(old, tmp_path / "old.pth"))
     assert torch.equal(trunk.layer4.state_dict()["1.bn2.running_mean"], imagenet["layer4.1.bn2.running_mean"])
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_are_read_without_their_classifier(tmp_path, imagenet, suffix):
     path = _saved(imagenet, tmp_path / f"weights{suffix}")
-    trunk = ResNetEncoder(3, 16, norm="sync", weights=path).trunk
+    _load(trunk := ResNet18(3), path)
     for name, tensor in trunk.state_dict().items():
         assert torch.equal(tensor, imagenet[name]), name
 
@@ -109,10 +117,14 @@ def test_weights_are_read_without_their_classifier(tmp_path, imagenet, suffix):
 def test_grey_images_get_the_sum_of_the_channels(tmp_path, imagenet):
     path = _saved(imagenet, tmp_path / "weights.safetensors")
     colour, grey = ResNet18(3).eval(), ResNet18(1).eval()
-    load_imagenet(colour, path)
-    load_imagenet(grey, path)
+    _load(colour, path)
+    _load(grey, path)
     image = torch.randn(2, 1, 40, 40)
     torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+
+
+def _load(trunk: ResNet18, path: Path) -> None:
+    load_weights(trunk, path, name="ResNet-18", without=("fc.",))
 
 
 def _saved(state: dict[str, torch.Tensor], path: Path) -> Path:
@@ -133,14 +145,14 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path, capsys, save):
     path = tmp_path / "weights.pth"
     save({"conv1.weight": _Harmful()}, path)
     with pytest.raises(CheckpointError, match=r"weights\.pth is not a plain state dict: .* is refused"):
-        load_imagenet(ResNet18(3), path)
+        _load(ResNet18(3), path)
     assert "ran" not in capsys.readouterr().out
 
 
 def test_bad_weights_files_are_told_apart(tmp_path, imagenet):
     def message(path: Path, channels: int = 3) -> str:
         with pytest.raises(CheckpointError) as caught:
-            load_imagenet(ResNet18(channels), path)
+            _load(ResNet18(channels), path)
         return str(caught.value)
 
     whole = _saved(imagenet, tmp_path / "whole.safetensors")
@@ -152,10 +164,8 @@ def test_bad_weights_files_are_told_apart(tmp_path, imagenet):
     other = _saved({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other.pth")
     assert "is not of a ResNet-18 with 3 input channels" in message(other)
     assert "is not of a ResNet-18 with 2 input channels" in message(whole, channels=2)
-    with pytest.raises(
-        CheckpointError, match=r"3 input channels and batch norm: .* Unexpected key.* \.\.\.$"
-    ) as caught:
-        load_imagenet(ResNet18(3, norm="group"), whole)
+    with pytest.raises(CheckpointError, match=r"3 input channels: .* Unexpected key.* \.\.\.$") as caught:
+        _load(ResNet18(3, norm="group"), whole)
     assert len(str(caught.value)) < 600  # the first few of the sixty names
 
 
@@ -170,7 +180,7 @@ def test_bad_weights_files_are_told_apart(tmp_path, imagenet):
 def test_a_file_of_something_else_is_refused(tmp_path, content, words):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=re.escape(words)):
-        load_imagenet(ResNet18(3), tmp_path / "weights.pth")
+        _load(ResNet18(3), tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -181,14 +191,14 @@ def test_a_damaged_file_is_refused_wherever_it_is_cut(tmp_path, zipped):
     for length in [0, 1, 10, *range(50, 1000, 50), len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"weights\.pth (cannot be read|is not a plain state dict)"):
-            load_imagenet(trunk, path)
+            _load(trunk, path)
 
 
 def test_a_web_page_saved_as_weights_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_text("<html>not found</html>")
     with pytest.raises(CheckpointError, match=r"damaged, or a pickle .* fetch it again"):
-        load_imagenet(ResNet18(3), path)
+        _load(ResNet18(3), path)
 
 
 # small networks
@@ -229,7 +239,7 @@ def test_mlp_takes_any_widths(norm, widths):
 @pytest.mark.parametrize("norm", ["sync", "group"])
 @pytest.mark.parametrize("size", [16, 17, 28, 40])
 def test_cnn_takes_small_images_of_any_size(norm, size):
-    feature = CNN(1, (4, 8, 8), 6, norm=norm)(torch.randn(3, 1, size, size + 3))
+    feature, _, _ = ImageEncoder(CNN(1, (4, 8, 8), norm=norm), 6, norm=norm)(torch.randn(3, 1, size, size + 3))
     assert feature.shape == (3, 6)
     assert (feature >= 0).all()
 
