@@ -78,5 +78,7 @@ echo "installing torch and distkd into .venv: some minutes the first time"
 # torch first and alone: a package that merely asks for torch would bring in the newest one
 "${pip[@]}" ${index[@]+"${index[@]}"} torch numpy
 "${pip[@]}" --editable '.[dev,deepspeed]'
+# for its tests: what it asks for beside torch is torchvision, which has no build for every torch and is stood in for
+"${pip[@]}" --no-deps timm
 .venv/bin/python -c 'import distkd, torch; print(f"ready: distkd {distkd.__version__}, torch {torch.__version__}")'
 touch "$stamp"
