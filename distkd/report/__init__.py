@@ -1,4 +1,4 @@
-"""The page that shows what a study found: tables with intervals, curves, confusion, and where the numbers come from."""
+"""The page that shows what a study found: intervals, curves, confusion, what models look at, where it comes from."""
 
 from distkd.report.make import make_report
 

@@ -91,9 +91,10 @@ def confusion_panel(role: Role, class_names: Sequence[str]) -> Panel | None:
                 # opacity instead of a colour map: zero is the page's own background, dark or light
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_BLUE, alpha=share, linewidth=0))
                 if count_CC[row, column]:
+                    # where white and the dark ink of a light page read equally well; in the dark both are light
                     axes.text(
                         column, row, _cell(share, count_CC[row, column], c), ha="center", va="center",
-                        color="white" if share > 0.55 else INK, fontsize=8 if c <= 5 else 6,
+                        color="white" if share > 0.85 else INK, fontsize=8 if c <= 5 else 6,
                     )  # fmt: skip
         axes.set_xlim(-0.5, c - 0.5)
         axes.set_ylim(c - 0.5, -0.5)

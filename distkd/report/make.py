@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distkd.files import write_text
 from distkd.report import curves
+from distkd.report.attention import attention_panels, find_views
 from distkd.report.figures import confusion_panel, difference_panel, value_panel
 from distkd.report.page import render_page
 from distkd.report.plots import Panel, panels_to_png
@@ -37,17 +38,19 @@ def make_report(
     study = make_study([load_run(folder, split) for folder in folders], split, baseline)
     output = run_folders[0] / "report" if output is None else output
     output.mkdir(parents=True, exist_ok=True)
-    families = _families(study)
+    views = find_views(study)
+    families = _families(study) | {"attention": attention_panels(views)}
     legend = [(role.title, style) for role, style in study.roles]
     for name, panels in families.items():
         curve = name in ("loss", "validation", "optimisation")
         if panels:
-            png = panels_to_png(panels, legend if curve or name == "comparison" else [], columns=3 if curve else 2)
+            columns = 3 if curve else 1 if name == "attention" else 2
+            png = panels_to_png(panels, legend if curve or name == "comparison" else [], columns=columns)
             (output / f"{name}.png").write_bytes(png)
         else:
             (output / f"{name}.png").unlink(missing_ok=True)  # of an earlier report of other runs
     page = output / "index.html"
-    write_text(page, render_page(study, families))
+    write_text(page, render_page(study, families, views))
     return page
 
 

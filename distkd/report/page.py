@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from distkd.report.attention import Views, about_views
 from distkd.report.html import Safe, details, join, tag
 from distkd.report.plots import Panel, share_glyphs, to_svg
-from distkd.report.provenance import excluded_notice, per_class_table, provenance
+from distkd.report.provenance import excluded_notice, f1_table, per_class_table, provenance
 from distkd.report.results import difference_table, footnotes, headline, role_table, run_values
 from distkd.report.study import Study
 from distkd.report.theme import CSS, swatch
@@ -16,12 +17,13 @@ __all__ = ["render_page"]
 Families = Mapping[str, Sequence[Panel]]
 
 
-def render_page(study: Study, families: Families) -> str:
-    """The whole document; panels are drawn into it."""
+def render_page(study: Study, families: Families, views: Views | None = None) -> str:
+    """The whole document; panels are drawn into it. `views` are what the panels of `attention` show."""
     sections = {
         "result": ("Result", _result(study, families)),
         "curves": ("Curves", _curves(study, families)),
         "classes": ("Classes", _classes(study, families)),
+        "attention": ("Attention", _attention(study, families, views)),
         "provenance": ("Where this comes from", provenance(study)),
     }
     known = {name: section for name, section in sections.items() if section[1]}
@@ -92,4 +94,14 @@ def _classes(study: Study, families: Families) -> Safe:
         return Safe("")
     text = "Share of each label's items by predicted class, and their number, summed over folds and seeds."
     matrices = _figures(families["confusion"], "square" if len(study.class_names) <= 5 else "wide")
-    return join([tag("p", text, class_="soft"), matrices, details("Per class", per_class_table(study))])
+    recall = details("Recall and precision of each class", per_class_table(study))
+    return join([tag("p", text, class_="soft"), matrices, f1_table(study), recall])
+
+
+def _attention(study: Study, families: Families, views: Views | None) -> Safe:
+    if views is None:
+        return Safe("")
+    if views.note:
+        return tag("p", views.note, class_="soft")
+    text = [tag("p", words, class_="soft") for words in about_views(views, study)]
+    return join([*text, _figures(families["attention"], "rows")])

@@ -15,7 +15,7 @@ from distkd.report.roles import Role
 from distkd.report.stats import estimate, units_of
 from distkd.report.study import Study
 
-__all__ = ["excluded_notice", "per_class_table", "provenance"]
+__all__ = ["excluded_notice", "f1_table", "per_class_table", "provenance"]
 
 
 def excluded_notice(study: Study) -> Safe:
@@ -33,6 +33,18 @@ def excluded_notice(study: Study) -> Safe:
 
 def _advice(command: str) -> list[str]:
     return ["; ", tag("code", command)] if command else []
+
+
+def f1_table(study: Study) -> Safe:
+    """F1 of each class by role, and what is averaged over all classes beside it."""
+    shared = [name for name in ("balanced_accuracy", "kappa_quadratic") if name in study.metrics(study.level)]
+    rows: list[list[str]] = []
+    for role, style in study.counted:
+        means = [estimate(_class_values(role, name, "f1")) for name in study.class_names]
+        means += [estimate(units_of(role.values(metric, study.level))) for metric in shared]
+        rows.append([role_cell(role, style), *(number(None if value is None else value.mean) for value in means)])
+    header = ["", *(join(["F1 ", name_cell(name)], "") for name in study.class_names), *map(name_cell, shared)]
+    return table(header, rows, caption=f"{study.split} split, {study.level} level: means over {study.unit}")
 
 
 def per_class_table(study: Study) -> Safe:

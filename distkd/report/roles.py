@@ -23,6 +23,8 @@ _REPEATS = {
     "run.root", "run.name", "run.seed", "run.log_every", "run.checkpoint_every", "run.keep_last", "data.fold",
     "data.threads", "teacher.export", "batch.micro_batch", "engine.device", "engine.timeout_s",
 }  # fmt: skip
+# what a variant is called by, where that tells all of them apart
+_NAMING = ("data.labelled", "model.modalities")
 _TITLES = {"teacher": "teacher", "alone": "student alone"}
 _METHOD_TITLES = {"logit_kd": "logit KD"}
 
@@ -129,10 +131,17 @@ def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     flats = [_identity(run) for run in runs]
     keys = sorted({key for flat in flats for key in flat})
     differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
+    named = [key for key in differing if key in _NAMING]
+    if _n_groups(flats, named) == _n_groups(flats, differing):
+        differing = named  # the rest follows, such as the network of each input
     found: dict[str, list[Run]] = {}
     for run, flat in zip(runs, flats, strict=True):
         found.setdefault(", ".join(_said(key, flat.get(key)) for key in differing), []).append(run)
     return found
+
+
+def _n_groups(flats: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
+    return len({tuple(repr(flat.get(key)) for key in keys) for flat in flats})
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -143,6 +152,8 @@ def _said(key: str, value: Any) -> str:
     if key == "data.labelled":
         return "all labels" if value is None else f"{value} labels"
     shown = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if key == "model.modalities":
+        return f"sees {shown}"
     return f"{key}={'none' if value is None else shown}"
 
 

@@ -77,6 +77,9 @@ summary { cursor: pointer; color: var(--accent); padding: 4px 0; }
 .panels { display: grid; gap: 18px 22px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
 .panels.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); margin-top: 18px; }
 .panels.square { grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); }
+.panels.rows { grid-template-columns: minmax(0, 1fr); margin-top: 14px; }
+.panels.rows figure { overflow-x: auto; }
+.panels.rows svg { width: auto; max-width: none; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-weight: 600; font-size: 13.5px; margin-bottom: 4px; }
 figure svg { width: 100%; height: auto; display: block; }

@@ -21,6 +21,7 @@ from distkd.data.manifest import Split
 from distkd.engines import Update
 from distkd.metrics.meters import Stopwatch
 from distkd.train import checkpoint
+from distkd.train.attention import write_attention
 from distkd.train.checkpoint import Best
 from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
@@ -183,7 +184,7 @@ def validate(run: Run) -> None:
         if report is None:
             return
         value = report.metrics.get(config.metric)
-        if value is not None and value > run.best.value:
+        if value is not None and value > run.best.value + config.min_gain:
             weights = job.method.student.state_dict() if job.world.is_main else {}
             run.best = Best(run.step, value, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
     run.record(val=report.metrics)
@@ -266,6 +267,8 @@ def _finish(run: Run) -> None:
         report = score(job, split)
         if report is not None and job.world.is_main:
             write_report(run.folder, report, about | {"selection": selection})
+            student, device, dtype = job.method.student, job.device, job.dtype
+            write_attention(run.folder, student, job.dataset, split, device=device, dtype=dtype)
             if run.progress is not None:
                 run.progress.scored(split, report.metrics)
 

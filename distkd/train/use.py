@@ -19,6 +19,7 @@ from distkd.data.transform import Preprocess
 from distkd.errors import ConfigError, DataError
 from distkd.files import atomic_folder
 from distkd.metrics.predictions import Predictions, write_predictions
+from distkd.train.attention import write_attention
 from distkd.train.evaluate import evaluate, write_report
 from distkd.train.export import Export, find_export, load_export
 from distkd.train.job import dataset_of, split_digest
@@ -60,6 +61,7 @@ def evaluate_run(settings: Settings, run: Path, split: Split) -> dict[str, float
     )
     about = {name: export.card[name] for name in ("method", "fold", "seed", "run", "selection")}
     write_report(run, report, about)
+    write_attention(run, model, dataset, split, device=torch.device("cpu"), dtype=torch.float32)
     return report.metrics
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from distkd.metrics import classification_metrics
 
-__all__ = ["edit_config", "evaluation", "fake_run", "fake_study"]
+__all__ = ["edit_config", "evaluation", "fake_maps", "fake_run", "fake_study"]
 
 CLASSES = ["II", "III", "IV"]
 
@@ -70,6 +70,30 @@ def fake_run(
         for record in records(method, seed, steps):
             file.write(json.dumps(record) + "\n")
     return folder
+
+
+def fake_maps(run: Path, keys: list[str], *, modality: str = "path", side: int = 8, **changes: Any) -> Path:
+    """The maps of a finished run, one sample a key, labels in turn, every second prediction wrong; `changes` are
+    fields to have otherwise, None to leave out."""
+    n, c = len(keys), len(CLASSES)
+    draws = np.random.default_rng(n)
+    label = np.arange(n) % c
+    content = {
+        "format": 1,
+        "class_names": CLASSES,
+        "modality": modality,
+        "size": [side, side],
+        "key": keys,
+        "label": label,
+        "predicted": (label + np.arange(n) % 2) % c,
+        "probability": np.linspace(0.5, 0.9, n),
+        "image": np.stack([np.full((side, side, 3), 17 * int(key[1:]), dtype=np.uint8) for key in keys]),
+        "maps": draws.random((n, c, 4, 4)).astype(np.float16),
+    } | changes
+    path = run / "eval" / "test.attention.npz"
+    arrays: dict[str, Any] = {name: np.array(value) for name, value in content.items() if value is not None}
+    np.savez_compressed(path, **arrays)
+    return path
 
 
 def records(method: str, seed: int, steps: int) -> list[dict[str, Any]]:

@@ -5,11 +5,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from distkd.errors import DataError
 from distkd.report import make_report
+from distkd.report.figures import confusion_panel
 from distkd.report.html import Safe, details, name_cell, table, tag
 from distkd.report.page import render_page
+from distkd.report.provenance import f1_table
 from distkd.report.runs import find_runs, load_run
 from distkd.report.study import make_study
 from tests.report.fake import evaluation, fake_run, fake_study
@@ -246,3 +249,36 @@ def test_elements_escape_what_is_not_safe():
     assert name_cell("a_<b>") == "a_<wbr>&lt;b&gt;"
     assert '<th scope="row">&lt;</th>' in table(["x"], [["<"]])
     assert details("<", "y") == "<details><summary>&lt;</summary>y</details>"
+
+
+def test_a_task_of_four_classes_shows_f1_of_each_and_kappa_over_all(tmp_path):
+    names = ["NC", "G3", "G4", "G5"]
+    whole = evaluation(0.9, n=40, class_names=names)  # the first four, one of each class, go to the next class
+    for seed in range(2):
+        fake_run(tmp_path / f"r{seed}", seed=seed, steps=0, test=whole)
+    page = Reader(f1_table(make_study([load_run(run, "test") for run in find_runs([tmp_path])], "test", None)))
+    [header, row] = page.rows
+    assert header[1:] == ["F1 NC", "F1 G3", "F1 G4", "F1 G5", "balanced_accuracy", "kappa_quadratic"]
+    # 9 of 10 found, 10 predicted; squared distances: 1, 1, 1 and 9 seen, 40 x 2.5 by chance
+    expected = ["0.900"] * 5 + [f"{1 - 12 / 100:.3f}"]
+    assert row[1:] == expected
+
+
+def read_figure(folder: Path) -> Figure:
+    """The confusion matrix of the only role."""
+    study = make_study([load_run(run, "test") for run in find_runs([folder])], "test", None)
+    [(role, _)] = study.roles
+    panel = confusion_panel(role, study.class_names)
+    assert panel is not None
+    figure = Figure()
+    panel.draw(figure.add_subplot())
+    return figure
+
+
+def test_a_confusion_matrix_says_share_and_number_of_every_cell(tmp_path):
+    fake_run(tmp_path / "r", steps=0, test=evaluation(0.9, n=40, class_names=["NC", "G3", "G4", "G5"]))
+    [axes] = read_figure(tmp_path).axes
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(k, k): "90 %\n9" for k in range(4)} | {((k + 1) % 4, k): "10 %\n1" for k in range(4)}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["NC", "G3", "G4", "G5"]
+    assert [axes.get_xlabel(), axes.get_ylabel()] == ["predicted", "label"]

@@ -69,6 +69,20 @@ def test_a_change_of_any_setting_that_matters_makes_a_variant(tmp_path):
     assert titles(tmp_path) == {"student alone (run.epochs=20)": ["b"], "student alone (run.epochs=none)": ["a", "c"]}
 
 
+def test_variants_are_called_by_their_inputs_where_these_tell_them_apart(tmp_path):
+    for name in ("2x", "8x"):
+        for seed in range(2):
+            run = fake_run(tmp_path / f"{name}-{seed}", modalities=(name,), seed=seed)
+            edit_config(run, "model", "encoders", {name: {"name": "cnn"}})
+    assert titles(tmp_path) == {
+        "student alone (sees 2x)": ["2x-0", "2x-1"],
+        "student alone (sees 8x)": ["8x-0", "8x-1"],
+    }
+    edit_config(tmp_path / "8x-1", "run", "epochs", 20)
+    assert len(titles(tmp_path)) == 3
+    assert any("sees 8x" in title and "run.epochs=20" in title for title in titles(tmp_path))
+
+
 def test_a_copied_run_does_not_count_twice(tmp_path):
     fake_run(tmp_path / "a", test=evaluation(0.8))
     fake_run(tmp_path / "b", test=evaluation(0.8))
