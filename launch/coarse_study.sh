@@ -20,6 +20,7 @@ if [[ ${1:-} == -h || ${1:-} == --help || $# -lt 1 ]]; then
     usage
     exit $(($# < 1 ? 2 : 0))
 fi
+[[ -d $1 ]] || fail "no folder '$1'; see launch/coarse_study.sh --help"
 raw=$(realpath "$1")
 root=$(realpath -m "${2:-runs/coarse}")
 cd "$here/.."
@@ -29,6 +30,11 @@ case $protocol in
     reference) restore=true ;;
     *) fail "PROTOCOL is '$protocol', expected native or reference" ;;
 esac
+for pixels in ${PIXELS:-56 28 14}; do
+    if [[ ! $pixels =~ ^[1-9][0-9]*$ ]] || ((112 % pixels)); then
+        fail "PIXELS has '$pixels', expected divisors of 112"
+    fi
+done
 shards=$root/shards
 configs=configs/lc25000_coarse
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

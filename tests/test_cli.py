@@ -267,7 +267,7 @@ def test_a_study_trains_every_fold_and_seed(trained: Recorded):
 # the order of stages
 
 
-@pytest.mark.parametrize("folder", ["glioma_tcga", "uci_mfeat", "tiny", "lc25000"])
+@pytest.mark.parametrize("folder", ["glioma_tcga", "uci_mfeat", "tiny", "lc25000", "sicapv2"])
 def test_a_stage_comes_after_its_teacher(trained: Recorded, folder: str):
     files = sorted(str(path) for path in (CONFIGS / folder).glob("*.yaml"))
     assert main(["train", *files, "--folds", "0-2"]) == DONE

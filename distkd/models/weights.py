@@ -53,7 +53,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"weights file {path} does not exist; leave `weights` out to start from random weights"
+            f"weights file {path} does not exist; leave `weights` out to start from random weights, or make the file "
+            "as docs/models.md shows"
         ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -152,9 +151,12 @@ def class_slopes(logits_BC: Tensor, map_BKHW: Tensor, *, create_graph: bool) -> 
     """
     b, c = logits_BC.shape
     one_CBC = torch.eye(c, dtype=logits_BC.dtype, device=logits_BC.device).unsqueeze(1).expand(c, b, c)
-    (slope_CBKHW,) = torch.autograd.grad(
-        logits_BC, map_BKHW, one_CBC, is_grads_batched=True, create_graph=create_graph, retain_graph=create_graph
-    )
+
+    def slope(one_BC: Tensor) -> Tensor:
+        return torch.autograd.grad(logits_BC, map_BKHW, one_BC, create_graph=create_graph, retain_graph=create_graph)[0]
+
+    # not is_grads_batched, whose older batching cannot differentiate a group norm twice
+    slope_CBKHW = torch.vmap(slope)(one_CBC)
     return slope_CBKHW.sum(dim=(3, 4)).transpose(0, 1)
 
 
@@ -189,8 +191,12 @@ def normalised(map_BCHW: Tensor) -> Tensor:
     """
     flat_BX = map_BCHW.flatten(1)
     low_B1, high_B1 = flat_BX.amin(dim=1, keepdim=True), flat_BX.amax(dim=1, keepdim=True)
-    range_B1 = high_B1 - low_B1
-    return ((flat_BX - low_B1) / torch.where(range_B1 > 0, range_B1, 1.0)).view_as(map_BCHW)
+    return ((flat_BX - low_B1) / _or_infinite(high_B1 - low_B1)).view_as(map_BCHW)
+
+
+def _or_infinite(divisor: Tensor) -> Tensor:
+    """Infinity for 0: what is divided by it is 0, and so is its gradient."""
+    return torch.where(divisor > 0, divisor, math.inf)
 
 
 def map_distance(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
@@ -211,7 +217,7 @@ def unit_map_distance(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     """Mean squared difference of maps that are scaled to unit length, each class's by itself; as AT and CAT compare.
 
     Args:
-        student_BCHW: the gradient flows here; a map of zeros stays zero.
+        student_BCHW: the gradient flows here; a map of zeros stays zero, with a gradient of 0.
         teacher_BCHW: constants of the same shape.
 
     Returns:
@@ -219,8 +225,13 @@ def unit_map_distance(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
 
     Source: Zagoruyko and Komodakis, ICLR 2017 (AT); Guo et al., CVPR 2023 (CAT-KD).
     """
-    student_BCN, teacher_BCN = (F.normalize(maps.flatten(2), dim=2) for maps in (student_BCHW, teacher_BCHW))
+    student_BCN, teacher_BCN = (_of_unit_length(maps.flatten(2)) for maps in (student_BCHW, teacher_BCHW))
     return (student_BCN - teacher_BCN).square().mean()
+
+
+def _of_unit_length(map_BCN: Tensor) -> Tensor:
+    # not F.normalize: a gradient through a map of zeros would be multiplied by 1e12
+    return map_BCN / _or_infinite(torch.linalg.vector_norm(map_BCN, dim=2, keepdim=True))
 
 
 def upsampled(map_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -230,31 +241,37 @@ def upsampled(map_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(map_BKhw.shape[2:]) == size:
         return map_BKhw
-    rows, columns = (_between(was, now).to(map_BKhw) for was, now in zip(map_BKhw.shape[2:], size, strict=True))
+    like = map_BKhw.dtype, map_BKhw.device
+    rows, columns = (_between(was, now, *like) for was, now in zip(map_BKhw.shape[2:], size, strict=True))
     return rows @ map_BKhw @ columns.T
 
 
 def pooled_to(map_BKHW: Tensor, places: int) -> Tensor:
     """Averages over `places` x `places` areas, as even as they can be; a side that has fewer places keeps them."""
-    rows, columns = (_areas(side, min(side, places)).to(map_BKHW) for side in map_BKHW.shape[2:])
+    like = map_BKHW.dtype, map_BKHW.device
+    rows, columns = (_areas(side, min(side, places), *like) for side in map_BKHW.shape[2:])
     return rows @ map_BKHW @ columns.T
 
 
+# the weights are kept on the device: to send them there, the host would wait in every step
+
+
 @lru_cache(maxsize=32)
-def _between(was: int, now: int) -> Tensor:
+def _between(was: int, now: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(now, was) weights of linear interpolation, corners onto corners."""
     place = torch.arange(now, dtype=torch.float64) * ((was - 1) / max(1, now - 1))
     below = place.floor().long().clamp(max=was - 1)
     share = (place - below).unsqueeze(1)
     one_hot = torch.eye(was, dtype=torch.float64)
-    return (1 - share) * one_hot[below] + share * one_hot[(below + 1).clamp(max=was - 1)]
+    weight = (1 - share) * one_hot[below] + share * one_hot[(below + 1).clamp(max=was - 1)]
+    return weight.to(device, dtype)
 
 
 @lru_cache(maxsize=32)
-def _areas(was: int, now: int) -> Tensor:
+def _areas(was: int, now: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(now, was) weights of averages over areas that may share a border, as `adaptive_avg_pool2d` cuts them."""
     weight = torch.zeros(now, was, dtype=torch.float64)
     for row in range(now):
         first, last = row * was // now, -(-(row + 1) * was // now)
         weight[row, first:last] = 1 / (last - first)
-    return weight
+    return weight.to(device, dtype)

@@ -58,7 +58,9 @@ class Role:
     def setting(self) -> tuple[Any, ...]:
         """What a fair comparison shares: data, labels, and the inputs that the model needs."""
         run = self.runs[0]
-        return (run.get("data.shards"), run.get("data.make"), run.get("data.labelled"), run.modalities)
+        data = (run.get("data.shards"), run.get("data.make"), run.get("data.labelled"))
+        coarse = run.get("data.degraded", {})
+        return (*data, run.modalities, [coarse[name] for name in run.modalities if name in coarse])
 
     def values(self, metric: str, level: str) -> dict[Unit, float]:
         """The metric by fold and seed, where it is defined."""
@@ -154,7 +156,7 @@ def _said(key: str, value: Any) -> str:
     shown = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     if key == "model.modalities":
         return f"sees {shown}"
-    return f"{key}={'none' if value is None else shown}"
+    return f"{key.removeprefix('method.')}={'none' if value is None else shown}"  # the role names the method
 
 
 def _without_repeats(runs: Sequence[Run], repeated: dict[Path, str]) -> list[Run]:

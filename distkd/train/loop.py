@@ -270,7 +270,7 @@ def _finish(run: Run) -> None:
             student, device, dtype = job.method.student, job.device, job.dtype
             write_attention(run.folder, student, job.dataset, split, device=device, dtype=dtype)
             if run.progress is not None:
-                run.progress.scored(split, report.metrics)
+                run.progress.scored(split, report.metrics, settings.eval.metric)
 
 
 def _from_main(weights: dict[str, Tensor] | None, job: Job) -> dict[str, Tensor]:

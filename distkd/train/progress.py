@@ -44,8 +44,9 @@ class Progress:
     def validated(self, metric: str, value: float | None) -> None:
         self.validation = f"val {metric} " + ("undefined" if value is None else f"{value:.4f}")
 
-    def scored(self, split: str, metrics: dict[str, float]) -> None:
-        shown = ("accuracy", "balanced_accuracy", "auc_macro")
+    def scored(self, split: str, metrics: dict[str, float], metric: str) -> None:
+        """What a split gave; `metric` is the one that selects."""
+        shown = dict.fromkeys(("accuracy", "balanced_accuracy", "auc_macro", metric))
         self._say(f"{split}: " + "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
 
     def close(self) -> None:

@@ -34,6 +34,9 @@ def main(argv):
         os.write(1, f"stopped by {signal.Signals(number).name}\\n".encode())
         return 3
     return int(words.get("end", "0"))
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
 """
 
 

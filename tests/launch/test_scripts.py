@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in [*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
-COMMANDS = ["demo.sh", "multinode.sh", "stages.sh", "venv.sh", "workstation.sh"]
+COMMANDS = ["coarse_study.sh", "demo.sh", "multinode.sh", "stages.sh", "venv.sh", "workstation.sh"]
 NODES = {"MASTER_ADDR": "127.0.0.1", "NODES": "2", "NODE_RANK": "1"}
 
 
@@ -206,6 +206,54 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_the_code_is_3(launch, numb
     assert process.returncode == 3
     assert out == f"stopped by {number.name}\n" * 2
     assert err == ""
+
+
+def test_the_coarse_study_needs_a_folder_and_says_how_it_is_called(launch):
+    done = launch.run("coarse_study.sh")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (2, "usage: launch/coarse_study.sh RAW [ROOT]")
+    done = launch.run("coarse_study.sh", "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "coarse_study.sh: no folder 'nowhere'; see launch/coarse_study.sh --help\n"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"PROTOCOL": "both"}, "PROTOCOL is 'both', expected native or reference"),
+        ({"PIXELS": "56 32"}, "PIXELS has '32', expected divisors of 112"),
+        ({"PIXELS": "28px"}, "PIXELS has '28px', expected divisors of 112"),
+    ],
+)
+def test_the_coarse_study_refuses_before_it_trains(launch, environ, message):
+    done = launch.run("coarse_study.sh", "launch", **environ)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"coarse_study.sh: {message}\n")
+    assert launch.calls() == []
+
+
+@pytest.mark.parametrize(("protocol", "restore"), [("", "false"), ("native", "false"), ("reference", "true")])
+def test_the_coarse_study_trains_a_teacher_and_students_of_its_labels_at_each_size(launch, protocol, restore):
+    root = launch.folder / "root"
+    (root / "shards").mkdir(parents=True)
+    (root / "shards" / "manifest.json").touch()  # shards that are there are not made again
+    narrow = {"LABELS": "null 60", "PIXELS": "56 14", "SEEDS": "3", "PROTOCOL": protocol}
+    done = launch.run("coarse_study.sh", "launch", "root", **narrow)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = []
+    configs = "configs/lc25000_coarse"
+    methods = ("student_alone", "logit_kd", "features", "cat", "at_plus")
+    assert {path.stem for path in (ROOT / configs).glob("*.yaml")} == {"teacher", *methods}
+    files = " ".join(f"{configs}/{name}.yaml" for name in methods)
+    for labels in ("null", "60"):
+        place = f"{root}/labels-{labels}"
+        common = f"--data.shards {root}/shards --data.labelled {labels} --seeds 3 --run.root {place}"
+        expected.append(f"0 train {configs}/teacher.yaml {common}/teacher")
+        for pixels, factor in ((56, 2), (14, 8)):
+            students = f"{pixels}-px-{protocol or 'native'}"
+            teacher = f"--teacher.export {place}/teacher/lc25000_coarse-teacher-seed{{seed}}"
+            coarse = f"--data.degraded.coarse.factor {factor} --data.degraded.coarse.restore {restore}"
+            expected.append(f"0 train {files} {common}/{students} {teacher} {coarse}")
+            expected.append(f"0 report {place}/teacher {place}/{students} --output {place}/{students}/report")
+    assert launch.calls() == sorted(expected)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["end=0"], 0), (["end=2"], 2), (["raise=2"], 2), (["raise=0"], 0)])

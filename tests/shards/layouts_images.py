@@ -203,7 +203,7 @@ def sicap_rows(slides: list[str]) -> Rows:
     ]
 
 
-def sicapv2(raw: Path) -> Path:
+def sicapv2(raw: Path, *, size: int = TILE_PX) -> Path:
     """15 slides of 4 patches; 3 slides are the test, and each fold keeps 3 others for validation."""
     rest = SLIDES[3:]
     sheet(raw / "partition" / "Test" / "Test.xlsx", sicap_rows(SLIDES[:3]))
@@ -214,7 +214,7 @@ def sicapv2(raw: Path) -> Path:
         sheet(folder / "Test.xlsx", sicap_rows(held))
     for slide in SLIDES:
         for number in range(4):
-            picture(raw / "images" / sicap_image(slide, number), TILE_PX)
+            picture(raw / "images" / sicap_image(slide, number), size)
     return raw
 
 
