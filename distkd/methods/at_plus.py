@@ -191,9 +191,11 @@ def _check(config: Config, student: Classifier, teacher: Classifier) -> None:
         )
     for who, model in (("student", student), ("teacher", teacher)):
         if model.mapped is None:
+            images = [name for name in model.modalities if model.specs[name].kind == "image"] or ["<image>"]
             raise ConfigError(
                 f"method 'at_plus' compares maps of one image, the {who} ({', '.join(model.modalities)}) hands out "
-                f"none or several; train it with model.encoders.{model.modalities[0]}.head=pooled, or with vgg16"
+                f"none or several; train it with a pooled head for one image alone, by "
+                f"model.encoders.{images[0]}.head=pooled or vgg16"
             )
     widths = [_trunk(model).width for model in (student, teacher)]
     if (config.alpha_fm or config.alpha_sr) and widths[0] != widths[1]:

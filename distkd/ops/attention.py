@@ -12,6 +12,7 @@ maps need no backward pass. Maps of different sizes meet on the larger grid.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, cast
 
@@ -38,8 +39,8 @@ __all__ = [
 class _PositiveShares(torch.autograd.Function):
     """Sum over channels of the positive part of weight x activation: two skinny products forward, four backward.
 
-    max(0, w a) = max(0, w) max(0, a) + min(0, w) min(0, a), term by term without cancellation. On a CPU one image at a
-    time, so that its two parts are still in the cache when they are read; half the time of all images at once.
+    max(0, w a) = max(0, w) max(0, a) + min(0, w) min(0, a), term by term without cancellation. On a CPU a few images at
+    a time, so that their two parts are still in the cache when they are read.
     """
 
     @staticmethod
@@ -47,8 +48,7 @@ class _PositiveShares(torch.autograd.Function):
         ctx.save_for_backward(map_BKN, weight_BCK)
         above_BCK, below_BCK = weight_BCK.clamp(min=0), weight_BCK.clamp(max=0)
         made_BCN = map_BKN.new_empty(len(map_BKN), weight_BCK.shape[1], map_BKN.shape[2])
-        part = _room(map_BKN)
-        for at in _images(map_BKN):
+        for at, part in _parts(map_BKN):
             torch.clamp(map_BKN[at], min=0, out=part)
             torch.bmm(above_BCK[at], part, out=made_BCN[at])
             torch.clamp(map_BKN[at], max=0, out=part)
@@ -62,8 +62,7 @@ class _PositiveShares(torch.autograd.Function):
         above_BCK, below_BCK = weight_BCK.clamp(min=0), weight_BCK.clamp(max=0)
         at_map = torch.empty_like(map_BKN) if ctx.needs_input_grad[0] else None
         at_weight = torch.empty_like(weight_BCK) if ctx.needs_input_grad[1] else None
-        part = _room(map_BKN)
-        for at in _images(map_BKN):
+        for at, part in _parts(map_BKN):
             map_bKN, grad_bCN = map_BKN[at], grad_BCN[at]
             if at_map is not None:
                 torch.bmm(above_BCK[at].transpose(1, 2), grad_bCN, out=part)
@@ -83,14 +82,18 @@ _where_positive: Any = torch.ops.aten.threshold_backward.grad_input
 _where_within: Any = torch.ops.aten.hardtanh_backward.grad_input
 
 
-def _images(map_BKN: Tensor) -> list[slice]:
-    """What is worked on at once: an image on a CPU, all of them where a launch costs more than memory."""
-    step = 1 if map_BKN.device.type == "cpu" else max(1, len(map_BKN))
-    return [slice(first, first + step) for first in range(0, len(map_BKN), step)]
+_PART_BYTES = 1 << 21
+"""Activations that a CPU works on at a time; fewer, and starting operations takes longer than they do."""
 
 
-def _room(map_BKN: Tensor) -> Tensor:
-    return torch.empty_like(map_BKN[_images(map_BKN)[0]])
+def _parts(map_BKN: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Images that are worked on at once, and room for as many; all where a launch costs more than memory."""
+    n = len(map_BKN)
+    step = max(1, n * _PART_BYTES // map_BKN.nbytes) if map_BKN.device.type == "cpu" else n
+    room = torch.empty_like(map_BKN[:step])
+    for first in range(0, n, step):
+        at = slice(first, min(first + step, n))
+        yield at, room[: at.stop - first]
 
 
 def class_maps(map_BKHW: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A method on made-up vectors, in float64, with everything that is random a function of a seed."""
+"""A method on made-up vectors and images, in float64, with everything that is random a function of a seed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from distkd import methods
 from distkd.base import UNLABELLED, Batch, InputSpec, World
-from distkd.methods import Method, Setup
+from distkd.methods import Method, MethodConfig, Setup
 from distkd.models.build import ModelConfig, build
 
 __all__ = ["N_CLASSES", "ROWS", "SMALL", "SPECS", "batch_of", "gradients", "make"]
 
-SPECS = {"gene": InputSpec("vector", (5,)), "cells": InputSpec("vector", (4,))}
+SPECS = {
+    "gene": InputSpec("vector", (5,)),
+    "cells": InputSpec("vector", (4,)),
+    "scan": InputSpec("image", (2, 12, 12)),
+}
 ROWS, N_CLASSES = 24, 3
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -22,11 +26,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "dc_teacher": {"l1": {"gene": 1e-2}},
 }
 
+_MAPPED = {"scan": {"name": "cnn", "widths": [4, 6], "head": "pooled"}}
+
 
 def model_config(method: str, **settings: Any) -> ModelConfig:
+    """Two vectors, one of them where there is a teacher; an image for one of them where maps are needed."""
     kind = methods.config_class(method)
-    student = {"modalities": ["cells"] if kind.needs_teacher else ["gene", "cells"], "feature_dim": 6, "norm": "group"}
-    return ModelConfig.model_validate({**student, "dropout": 0.0, **settings})
+    student = {"modalities": _seen(kind, 1 if kind.needs_teacher else 2), "feature_dim": 6, "norm": "group"}
+    return ModelConfig.model_validate({**student, **_encoders(kind), "dropout": 0.0, **settings})
+
+
+def _seen(kind: type[MethodConfig], n: int) -> list[str]:
+    return ["gene", "scan" if kind.needs_maps else "cells"][-n:]
+
+
+def _encoders(kind: type[MethodConfig]) -> dict[str, Any]:
+    return {"encoders": _MAPPED} if kind.needs_maps else {}
 
 
 def make(
@@ -41,10 +56,11 @@ def make(
 ) -> Method:
     """A method with 24 rows of three classes; a teacher on both modalities where it needs one."""
     settings = {"name": method, **SMALL.get(method, {}), **config}
-    both = model_config("supervised", feature_dim=7, dropout=teacher_dropout)
+    kind = methods.config_class(method)
+    two = {"modalities": _seen(kind, 2), **_encoders(kind)}
+    both = model_config("supervised", feature_dim=7, dropout=teacher_dropout, **two)
     teacher = build(both, SPECS, N_CLASSES, seed=9).double().eval().requires_grad_(False)
     teacher.role = "teacher"
-    kind = methods.config_class(method)
     setup = Setup(
         model=model_config(method, **(model or {})),
         specs=SPECS,

@@ -8,6 +8,8 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,15 @@ from rich.console import Console
 from distkd import __version__
 from distkd.base import World
 from distkd.config import load
+from distkd.data.manifest import Split
+from distkd.errors import ConfigError
 from distkd.files import read_json
 from distkd.methods import dc_distill
 from distkd.metrics.jsonl import read_jsonl
-from distkd.train import progress
+from distkd.train import loop, progress
 from distkd.train.checkpoint import find_latest
 from distkd.train.folder import FREE, Events, environment, flatten, read_outcome, write_outcome
+from distkd.train.job import Job
 from distkd.train.progress import Progress
 from distkd.train.settings import Settings
 from distkd.train.signals import StopFlag
@@ -66,6 +71,29 @@ def test_the_best_weights_are_those_of_the_best_validation(small: Small):
         "select_metric": "auc_macro",
     }
     assert read_json(folder / "eval" / "test.json")["selection"] == selection
+
+
+@pytest.mark.parametrize("min_gain, selected", [(0.0, 4), (0.125, 3), (0.5, 1)])
+def test_a_later_student_is_selected_where_it_gains_enough(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_gain: float, selected: int
+):
+    """Against the best so far, not the epoch before; the first is taken whatever it is."""
+    values, original = iter([0.25, 0.375, 0.5, 0.5625, 0.125]), loop.score
+
+    def score(job: Job, split: Split) -> Any:
+        found = original(job, split)
+        value = next(values, None) if split == "val" else None
+        return found if value is None else SimpleNamespace(metrics={"auc_macro": value})
+
+    monkeypatch.setattr(loop, "score", score)
+    settings = small.settings("alone", run={"root": str(tmp_path), "epochs": 5}, eval={"min_gain": min_gain})
+    loop.train(settings, World())
+    assert read_json(settings.folder / "export" / "model.json")["selection"]["step"] == 3 * selected
+
+
+def test_a_gain_below_zero_is_refused(small: Small):
+    with pytest.raises(ConfigError, match=r"eval\.min_gain: input should be greater than or equal to 0, found -0\.01"):
+        load(small.root / "alone" / "config.yaml", {"eval.min_gain": -0.01})
 
 
 def test_free_keys_exist(small: Small):
@@ -138,14 +166,14 @@ def test_a_log_file_gets_a_line_now_and_then(clock: list[float], capsys: pytest.
     shown.validated("auc_macro", 0.75)
     clock[0] += 11.0
     shown.update(100, loss=0.5)
-    shown.scored("test", {"accuracy": 0.5, "f1_micro": 0.25})
+    shown.scored("test", {"accuracy": 0.5, "f1_micro": 0.25, "kappa_quadratic": 0.125}, "kappa_quadratic")
     shown.close()
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert lines[0] == "run[a]  step 11/100  loss 1.5714  "
     assert lines[-2] == "run[a]  step 100/100  loss 0.5000  val auc_macro 0.7500"
-    assert lines[-1] == "run[a]  test: accuracy 0.5000"
+    assert lines[-1] == "run[a]  test: accuracy 0.5000  kappa_quadratic 0.1250"
     assert len(lines) == 11
 
 
