@@ -10,7 +10,8 @@ usage: launch/coarse_study.sh RAW [ROOT]
 
 RAW is the folder of the LC25000 lung tiles (labels.csv and images/). For all labels, 150 and 60, five seeds each: a
 teacher at 112 px, then at 56, 28 and 14 px the student alone, logit KD, feature matching, CAT and AT+. Students run at
-their own size; PROTOCOL=reference restores the teacher's size in front of them, as published.
+their own size; PROTOCOL=reference restores the teacher's size in front of them, as published. Of a tile of 112 px the
+networks see crops of 96, 48, 24 and 12 px.
 A second call goes on where the first one stopped. ROOT is runs/coarse unless given. LABELS, PIXELS, SEEDS narrow it
 down: LABELS="null 60" PIXELS="28" SEEDS=0-1. Ends with a report for each size and number of labels.
 TEXT
@@ -31,8 +32,8 @@ case $protocol in
     *) fail "PROTOCOL is '$protocol', expected native or reference" ;;
 esac
 for pixels in ${PIXELS:-56 28 14}; do
-    if [[ ! $pixels =~ ^[1-9][0-9]*$ ]] || ((112 % pixels)); then
-        fail "PIXELS has '$pixels', expected divisors of 112"
+    if [[ ! $pixels =~ ^[1-9][0-9]*$ ]] || ((112 % pixels || 96 % (112 / pixels))); then
+        fail "PIXELS has '$pixels', expected 56, 28, 14 or 7"
     fi
 done
 shards=$root/shards

@@ -30,6 +30,7 @@ from distkd.engines.optimizer import OPTIMIZER, TRAINABLE, load_state, make_opti
 from distkd.engines.precision import float32_outputs
 from distkd.engines.protocol import Entry, OptimConfig, Update
 from distkd.errors import CheckpointError
+from distkd.models.trunk import Trunk
 
 __all__ = ["FSDPEngine"]
 
@@ -288,15 +289,17 @@ def _units(trainable: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
     """
     units: list[nn.Module] = []
 
-    def left_over(module: nn.Module) -> int:
-        children = list(module.children())
-        count = sum(p.numel() for p in module.parameters(recurse=False) if p not in kept)
-        count += sum(left_over(child) for child in children)
+    def left_over(module: nn.Module) -> set[nn.Parameter]:
+        """Parameters that no unit below has."""
+        rest = {p for p in module.parameters() if p not in kept}
+        for below in module.called() if isinstance(module, Trunk) else module.children():
+            rest -= set(below.parameters()) - left_over(below)
         is_called = type(module).forward is not nn.Module.forward  # a ModuleDict is not
-        if count >= UNIT and children and is_called and module is not trainable:
+        n_numbers = sum(p.numel() for p in rest)
+        if n_numbers >= UNIT and any(True for _ in module.children()) and is_called and module is not trainable:
             units.append(module)
-            return 0
-        return count
+            return set()
+        return rest
 
     left_over(trainable)
     return units

@@ -10,11 +10,11 @@ pool and linear layer in closed form; those of an earlier stage by differentiati
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from distkd.base import UNLABELLED, Batch, Forward, Outputs, StepOutput, World
@@ -41,12 +41,13 @@ class Config(MethodConfig):
     alpha_at: NonNegativeFloat = 10.0
     """Weight of the attention loss."""
     alpha_fm: NonNegativeFloat = 0.1
-    """Weight of feature matching: root of the mean squared difference of the two maps, over the global batch."""
+    """Weight of feature matching: root of the mean squared difference of the two maps, over the global batch (with
+    accumulation over that of a pass)."""
     alpha_kd: NonNegativeFloat = 0.0
     """Weight of the cross entropy with the teacher's soft labels."""
     alpha_sr: NonNegativeFloat = 0.0
-    """Weight of softmax regression: root of the mean squared difference, over the global batch, between the teacher's
-    logits and those of the teacher's head on the student's feature."""
+    """Weight of softmax regression: root of the mean squared difference between the teacher's
+    logits and those of the teacher's head on the student's feature; likewise."""
     temperature: PositiveFloat = 1.0
     """Divisor of the teacher's logits for its soft labels, unitless; the student's are not divided."""
     attention: Literal["at+", "gradcam", "cat", "at"] = "at+"
@@ -61,6 +62,14 @@ class Config(MethodConfig):
     level_attention: int = Field(default=-1, le=-1)
     """Stage of the trunk whose maps are compared, -1 the last. Earlier ones have no closed form: the class scores are
     differentiated, in the student with a graph."""
+
+    @model_validator(mode="after")
+    def _uses_all(self) -> Self:
+        if self.attention == "at" and self.classes != "all":
+            raise ConfigError("classes=target has no meaning for attention=at, whose map has no classes; leave it out")
+        if self.attention != "cat" and self.areas != 2:
+            raise ConfigError(f"areas is for attention=cat, not {self.attention}; leave it out")
+        return self
 
     @property
     def inner(self) -> bool:
@@ -111,8 +120,8 @@ class ATPlus(PlainMethod):
         """Sums of squares whose roots are losses, and of how many values each."""
         found: dict[str, tuple[Tensor, int]] = {}
         if self.config.alpha_fm:
-            map_BKHW = _map(teacher).detach()
-            difference = attention.upsampled(_map(student), _size(map_BKHW)) - map_BKHW
+            student_BKHW, teacher_BKHW = attention.on_one_grid(_map(student), _map(teacher).detach())
+            difference = student_BKHW - teacher_BKHW
             found["features"] = difference.square().sum(), difference.numel()
         if self.config.alpha_sr:
             head = _head(self.teacher)
@@ -130,7 +139,7 @@ class ATPlus(PlainMethod):
         teacher_BCHW = self._maps(teacher, self.teacher, class_B).detach()
         if c.attention == "cat":
             student_BCHW, teacher_BCHW = (attention.pooled_to(x, c.areas) for x in (student_BCHW, teacher_BCHW))
-        student_BCHW = attention.upsampled(student_BCHW, _size(teacher_BCHW))
+        student_BCHW, teacher_BCHW = attention.on_one_grid(student_BCHW, teacher_BCHW)
         if c.attention in ("cat", "at"):
             return attention.unit_map_distance(student_BCHW, teacher_BCHW)
         return attention.map_distance(attention.normalised(student_BCHW), attention.normalised(teacher_BCHW))
@@ -174,10 +183,6 @@ def _map(out: Outputs) -> Tensor:
     return out.map_BKHW
 
 
-def _size(map_BKHW: Tensor) -> tuple[int, int]:
-    return map_BKHW.shape[2], map_BKHW.shape[3]
-
-
 def _check(config: Config, student: Classifier, teacher: Classifier) -> None:
     """Both have one map, and maps that can be compared as the config asks.
 
@@ -191,11 +196,15 @@ def _check(config: Config, student: Classifier, teacher: Classifier) -> None:
         )
     for who, model in (("student", student), ("teacher", teacher)):
         if model.mapped is None:
-            images = [name for name in model.modalities if model.specs[name].kind == "image"] or ["<image>"]
+            images = [name for name in model.modalities if model.specs[name].kind == "image"]
+            advice = (
+                f"train it with a pooled head for one image alone, by model.encoders.{images[0]}.head=pooled or vgg16"
+                if images
+                else "give it an image"
+            )
             raise ConfigError(
                 f"method 'at_plus' compares maps of one image, the {who} ({', '.join(model.modalities)}) hands out "
-                f"none or several; train it with a pooled head for one image alone, by "
-                f"model.encoders.{images[0]}.head=pooled or vgg16"
+                f"none or several; {advice}"
             )
     widths = [_trunk(model).width for model in (student, teacher)]
     if (config.alpha_fm or config.alpha_sr) and widths[0] != widths[1]:

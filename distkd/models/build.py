@@ -69,7 +69,8 @@ class ModelConfig(StrictConfig):
     encoders: dict[str, EncoderConfig] = Field(default_factory=dict[str, EncoderConfig])
     """By modality, where the default does not fit."""
     fusion: Literal["auto", "gated_bilinear", "concat"] = "auto"
-    """`auto`: gated bilinear for an image with a vector, else concatenation."""
+    """`auto`: gated bilinear for an image of a projected head with a vector, else concatenation: pairs of values of a
+    pooled head, which is as wide as its map, would be hundreds of millions of weights."""
     feature_dim: PositiveInt = 128
     """Width of every feature, but those of pooled heads."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -330,7 +331,8 @@ def _trunk(name: str, config: ModelConfig, spec: InputSpec, pooled: bool) -> Tru
 
 def _fusion(config: ModelConfig, specs: Mapping[str, InputSpec], dims: Sequence[int]) -> nn.Module:
     kinds = sorted(spec.kind for spec in specs.values())
-    fitting = "gated_bilinear" if kinds == ["image", "vector"] else "concat"
+    projected = all(dim == config.feature_dim for dim in dims)
+    fitting = "gated_bilinear" if kinds == ["image", "vector"] and projected else "concat"
     chosen = fitting if config.fusion == "auto" else config.fusion
     if chosen == "gated_bilinear":
         return GatedBilinearFusion(dims[0], dims[1], config.feature_dim, norm=config.norm, dropout=config.dropout)

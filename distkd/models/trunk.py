@@ -33,6 +33,16 @@ class Trunk(nn.Module):
         """What runs one after another."""
         raise NotImplementedError
 
+    def called(self) -> list[nn.Module]:
+        """Modules that the stages call; containers around them do not run, and their hooks neither."""
+        found: list[nn.Module] = []
+        for stage in self.stages():
+            if isinstance(stage, nn.Module):
+                found.append(stage)
+            elif isinstance(stage, partial):
+                found += stage.args[0]
+        return found
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         stages = self.stages()
         kept: Tensor | None = None

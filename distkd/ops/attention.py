@@ -30,6 +30,7 @@ __all__ = [
     "map_distance",
     "normalised",
     "of_class",
+    "on_one_grid",
     "pooled_to",
     "unit_map_distance",
     "upsampled",
@@ -198,8 +199,8 @@ def normalised(map_BCHW: Tensor) -> Tensor:
 
 
 def _or_infinite(divisor: Tensor) -> Tensor:
-    """Infinity for 0: what is divided by it is 0, and so is its gradient."""
-    return torch.where(divisor > 0, divisor, math.inf)
+    """Infinity for 0 and what is too small to divide by: the quotient is 0, and so is its gradient."""
+    return torch.where(divisor > torch.finfo(divisor.dtype).tiny, divisor, math.inf)
 
 
 def map_distance(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ def _of_unit_length(map_BCN: Tensor) -> Tensor:
 
 
 def upsampled(map_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear to (H, W), corners onto corners; the map itself where it has that size.
+    """Bilinear to (H, W), no fewer than (h, w), corners onto corners; the map itself where it has that size.
 
     Two small matrix products, whose backward adds in one order on any device, which `interpolate`'s on CUDA does not.
     """
@@ -247,6 +248,12 @@ def upsampled(map_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
     like = map_BKhw.dtype, map_BKhw.device
     rows, columns = (_between(was, now, *like) for was, now in zip(map_BKhw.shape[2:], size, strict=True))
     return rows @ map_BKhw @ columns.T
+
+
+def on_one_grid(one_BKHW: Tensor, other_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Both `upsampled` to as many rows and columns as the one that has more of them."""
+    rows, columns = (max(sides) for sides in zip(one_BKHW.shape[2:], other_BKhw.shape[2:], strict=True))
+    return upsampled(one_BKHW, (rows, columns)), upsampled(other_BKhw, (rows, columns))
 
 
 def pooled_to(map_BKHW: Tensor, places: int) -> Tensor:

@@ -23,8 +23,8 @@ _REPEATS = {
     "run.root", "run.name", "run.seed", "run.log_every", "run.checkpoint_every", "run.keep_last", "data.fold",
     "data.threads", "teacher.export", "batch.micro_batch", "engine.device", "engine.timeout_s",
 }  # fmt: skip
-# what a variant is called by, where that tells all of them apart
-_NAMING = ("data.labelled", "model.modalities")
+# what follows from the other keys, if these tell all variants apart
+_FOLLOWS = ("model.encoders.", "data.degraded.")
 _TITLES = {"teacher": "teacher", "alone": "student alone"}
 _METHOD_TITLES = {"logit_kd": "logit KD"}
 
@@ -133,9 +133,10 @@ def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     flats = [_identity(run) for run in runs]
     keys = sorted({key for flat in flats for key in flat})
     differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
-    named = [key for key in differing if key in _NAMING]
-    if _n_groups(flats, named) == _n_groups(flats, differing):
-        differing = named  # the rest follows, such as the network of each input
+    for prefix in _FOLLOWS:
+        others = [key for key in differing if not key.startswith(prefix)]
+        if _n_groups(flats, others) == _n_groups(flats, differing):
+            differing = others
     found: dict[str, list[Run]] = {}
     for run, flat in zip(runs, flats, strict=True):
         found.setdefault(", ".join(_said(key, flat.get(key)) for key in differing), []).append(run)

@@ -8,6 +8,7 @@ Samples are chosen by key alone, so that all runs of a study show the same ones,
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from distkd.base import UNLABELLED
 from distkd.data.dataset import Dataset
 from distkd.data.fitted import DegradedInput, ImageInput
 from distkd.data.manifest import Split
+from distkd.errors import DistkdError
 from distkd.files import write_bytes
 from distkd.models.build import Classifier
 from distkd.ops.attention import class_maps, normalised
@@ -27,13 +29,15 @@ from distkd.ops.draws import text_key
 
 __all__ = ["choose_samples", "viewable", "write_attention"]
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
-PER_CLASS, AT_MOST = 2, 12
+AT_MOST = 12
 MAX_SIDE = 192
 """Pixels a side of a stored image; a larger one is averaged down."""
 
 
-def choose_samples(dataset: Dataset, split: Split) -> list[int]:
+def choose_samples(dataset: Dataset, split: Split, per_class: int = 2) -> list[int]:
     """Numbers in the manifest of a few labelled samples, class by class: a function of the split's keys and labels."""
     columns = dataset.shard_set.manifest.samples
     by_label: dict[int, list[int]] = {}
@@ -43,7 +47,7 @@ def choose_samples(dataset: Dataset, split: Split) -> list[int]:
             by_label.setdefault(label, []).append(sample)
     ranked: list[tuple[int, int, int]] = []
     for label, samples in by_label.items():
-        first = sorted(samples, key=lambda sample: (text_key(columns.key[sample]), columns.key[sample]))[:PER_CLASS]
+        first = sorted(samples, key=lambda sample: (text_key(columns.key[sample]), columns.key[sample]))[:per_class]
         ranked += [(rank, label, sample) for rank, sample in enumerate(first)]
     kept = sorted(ranked)[:AT_MOST]  # of many classes the first of each before the second of any
     return [sample for _, _, sample in sorted(kept, key=lambda item: (item[1], item[0]))]
@@ -51,23 +55,43 @@ def choose_samples(dataset: Dataset, split: Split) -> list[int]:
 
 @torch.no_grad()
 def write_attention(
-    folder: Path, model: Classifier, dataset: Dataset, split: Split, *, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    model: Classifier,
+    dataset: Dataset,
+    split: Split,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    per_class: int = 2,
 ) -> None:
     """Write `eval/<split>.attention.npz`, or remove it where the model has no map of an image; on the main rank.
 
-    Local: no collective inside. The model's mode is put back.
+    Local: no collective inside, and nothing that fails here ends a run, since other ranks are on their way to the next
+    collective. The model's mode is put back.
     """
     path = folder / "eval" / f"{split}.attention.npz"
+    try:
+        content = _content(model, dataset, split, device, dtype, per_class)
+        if content is None:
+            path.unlink(missing_ok=True)  # of a run that had one
+        else:
+            write_bytes(path, content)
+    except (OSError, DistkdError, torch.OutOfMemoryError) as error:
+        log.warning("cannot write %s: %s; the report will lack this run's maps", path, error)
+
+
+def _content(
+    model: Classifier, dataset: Dataset, split: Split, device: torch.device, dtype: torch.dtype, per_class: int
+) -> bytes | None:
     name = _mapped_image(model)
     was_training = model.training
     model.eval()
-    samples = [] if name is None else choose_samples(dataset, split)
+    samples = [] if name is None else choose_samples(dataset, split, per_class)
     shown = [_show(model, dataset, sample, str(name), device, dtype) for sample in samples]
     model.train(was_training)
     found = [one for one in shown if one is not None]
     if name is None or not found:
-        path.unlink(missing_ok=True)  # of a run that had one
-        return
+        return None
     content: dict[str, Any] = {field: np.stack([one[field] for one in found]) for field in found[0]}
     about = {
         "format": np.int64(FORMAT),
@@ -77,7 +101,7 @@ def write_attention(
     }
     file = io.BytesIO()
     np.savez_compressed(file, **about, **content)
-    write_bytes(path, file.getvalue())
+    return file.getvalue()
 
 
 def _mapped_image(model: Classifier) -> str | None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,7 @@ def device_of(settings: Settings, world: World) -> torch.device:
             "start at most one rank per device"
         )
     torch.cuda.set_device(world.local_rank)
+    torch.backends.cudnn.deterministic = True  # a resumed run ends bit for bit where it would have
     return torch.device("cuda", world.local_rank)
 
 
@@ -140,19 +141,20 @@ def teacher_folder(settings: Settings) -> Path:
     return settings.run.root / path if len(path.parts) == 1 and not path.exists() else path
 
 
-def _check_teacher_task(teacher: Export, shards: ShardSet) -> None:
-    """A teacher must know this task, and see only what this shard set has."""
+def _check_teacher_task(teacher: Export, shards: ShardSet, degraded: Iterable[str]) -> None:
+    """A teacher must know this task, and see only what this shard set has, or what is made of it."""
     card, manifest = teacher.card, shards.manifest
     if card["task"] != manifest.task or card["class_names"] != manifest.class_names:
         raise ConfigError(
             f"teacher {teacher.folder} was trained for task {card['task']!r} with classes {card['class_names']}, "
             f"this run has task {manifest.task!r} with classes {manifest.class_names}; name a teacher of this task"
         )
-    absent = [name for name in teacher.config.modalities if name not in manifest.modalities]
+    absent = [name for name in teacher.config.modalities if name not in (*manifest.modalities, *degraded)]
     if absent:
         raise ConfigError(
             f"teacher {teacher.folder} sees {', '.join(map(repr, absent))}, but shard set {shards.folder} has "
-            f"{', '.join(sorted(manifest.modalities))}; name a teacher of these modalities, or shards that have all"
+            f"{', '.join(sorted(manifest.modalities))}; name a teacher of these modalities, or shards that have all; a "
+            "coarse copy that the teacher saw must stand in data.degraded here, too"
         )
 
 
@@ -171,6 +173,18 @@ def _check_teacher_data(teacher: Export, dataset: Dataset, trained_on: str) -> N
                 f"teacher {teacher.folder} was trained on {name!r} as {was}, this run makes it {now}; "
                 "set data.augment.crop, data.image_mean and data.image_std as the teacher's config has them"
             )
+
+
+def _warn_of_scenes(dataset: Dataset, student: Classifier, teacher: Classifier, world: World) -> None:
+    """Places of two pictures can be compared if both show one scene; a shard set does not tell."""
+    names = [next((n for n in m.modalities if m.branch(n) is m.mapped), None) for m in (student, teacher)]
+    sources = {dataset.preprocess.source(name) for name in names if name is not None}
+    if world.is_main and len(sources) > 1:
+        log.warning(
+            "the student's map is of %s and the teacher's of %s, which are stored apart: they must show the same "
+            "scene, place by place; a coarse copy of one image is made by data.degraded",
+            *names,
+        )
 
 
 def _dataset(settings: Settings, shards: ShardSet, modalities: list[str]) -> Dataset:
@@ -198,7 +212,7 @@ def assemble(settings: Settings, world: World) -> Job:
     shards = open_shards(settings, world)
     modalities = list(settings.model.modalities)
     if teacher is not None:
-        _check_teacher_task(teacher, shards)
+        _check_teacher_task(teacher, shards, settings.data.degraded)
         modalities += [name for name in teacher.config.modalities if name not in modalities]
     dataset = _dataset(settings, shards, modalities)
     trained_on, data_digest = split_digest(dataset), _same_data(dataset, world)
@@ -218,6 +232,8 @@ def assemble(settings: Settings, world: World) -> Job:
         memory_bytes=_memory_of(device, world),
     )
     method = build(settings.method, setup)
+    if settings.method.needs_maps and setup.teacher is not None:
+        _warn_of_scenes(dataset, method.student, setup.teacher, world)
     for part in (method.trainable, method.frozen, method.state):
         part.to(device)
         set_world(part, world)

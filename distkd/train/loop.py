@@ -267,8 +267,15 @@ def _finish(run: Run) -> None:
         report = score(job, split)
         if report is not None and job.world.is_main:
             write_report(run.folder, report, about | {"selection": selection})
-            student, device, dtype = job.method.student, job.device, job.dtype
-            write_attention(run.folder, student, job.dataset, split, device=device, dtype=dtype)
+            write_attention(
+                run.folder,
+                job.method.student,
+                job.dataset,
+                split,
+                device=job.device,
+                dtype=job.dtype,
+                per_class=settings.eval.attention_samples,
+            )
             if run.progress is not None:
                 run.progress.scored(split, report.metrics, settings.eval.metric)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    NonNegativeFloat,
+    Field,
     NonNegativeInt,
     PositiveInt,
     SerializeAsAny,
@@ -107,8 +107,11 @@ class EvalConfig(StrictConfig):
     """`best` exports the weights with the best `metric` on the validation split, `last` those of the last step."""
     metric: str = "auc_macro"
     """Validation metric that selects; higher is better."""
-    min_gain: NonNegativeFloat = 0.0
+    min_gain: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """By how much it has to exceed the best so far to select anew; the first value always does."""
+    attention_samples: NonNegativeInt = 2
+    """Samples of each class, at most 12 in all, whose pictures are kept in the run folder with the maps of a model that
+    has some, for the report; 0 keeps none."""
     level: Literal["sample", "group", "patient"] = "patient"
     """Level of the headline metrics: single samples, groups such as regions of interest, or patients."""
     patient_rule: Literal["mean", "max"] = "mean"

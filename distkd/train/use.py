@@ -61,7 +61,15 @@ def evaluate_run(settings: Settings, run: Path, split: Split) -> dict[str, float
     )
     about = {name: export.card[name] for name in ("method", "fold", "seed", "run", "selection")}
     write_report(run, report, about)
-    write_attention(run, model, dataset, split, device=torch.device("cpu"), dtype=torch.float32)
+    write_attention(
+        run,
+        model,
+        dataset,
+        split,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        per_class=settings.eval.attention_samples,
+    )
     return report.metrics
 
 

@@ -505,6 +505,57 @@ def test_each_rank_holds_its_share(ranks: Any):
     assert sum(weights for weights, *_ in found) == found[0][3]
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {"name": "vgg16"},
+        *({"name": "monai", "backbone": name} for name in ("resnet18", "densenet121", "efficientnet-b4", "SEResNet50")),
+    ],
+    ids=lambda encoder: encoder.get("backbone", encoder["name"]),
+)
+def test_every_unit_is_called(encoder: dict[str, Any]):
+    """A unit that its parent reads into without calling it would never gather its weights."""
+    config = ModelConfig.model_validate({"modalities": ["path"], "encoders": {"path": encoder}})
+    with torch.device("meta"):
+        model = build(config, {"path": InputSpec("image", (3, 64, 64))}, 2, seed=0)
+    called: set[nn.Module] = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+    index = torch.arange(2)
+    model(
+        Batch(({"path": torch.zeros(2, 3, 64, 64, device="meta")},), {"path": index >= 0}, index, index, index, index)
+    )
+    units = fsdp._units(model, set())
+    assert units
+    assert [type(unit).__name__ for unit in units if unit not in called] == []
+
+
+def _vgg_steps(world: World, engine: str) -> list[float]:
+    model = build(
+        ModelConfig.model_validate({"modalities": ["path"], "encoders": {"path": {"name": "vgg16"}}}),
+        {"path": InputSpec("image", (1, 16, 16))},
+        2,
+        seed=0,
+    )
+    made = make_engine(EngineConfig(name=engine), OptimConfig(lr=1e-4), world, device=CPU)  # type: ignore[arg-type]
+    forward = made.wrap(model, [{"params": list(model.parameters())}])
+    index = torch.arange(2)
+    image = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(world.rank))
+    losses = []
+    for _ in range(2):
+        loss = forward(Batch(({"path": image},), {"path": index >= 0}, index, index, index, index)).logits_BC.square()
+        made.backward(loss.mean())
+        made.step(1.0)
+        losses.append(loss.mean().item())
+    return losses
+
+
+def test_a_trunk_whose_layers_are_called_one_by_one_learns_as_under_ddp(ranks: Any):
+    sharded, whole = (ranks(2).run(_vgg_steps, engine=engine) for engine in ("fsdp", "ddp"))
+    assert sharded == [pytest.approx(losses, rel=1e-5) for losses in whole]
+    assert whole[0][0] != whole[0][1]
+
+
 def test_one_process_spreads_nothing():
     engine, _, model = start(World())
     assert not engine.sharded

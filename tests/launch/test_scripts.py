@@ -220,8 +220,8 @@ def test_the_coarse_study_needs_a_folder_and_says_how_it_is_called(launch):
     ("environ", "message"),
     [
         ({"PROTOCOL": "both"}, "PROTOCOL is 'both', expected native or reference"),
-        ({"PIXELS": "56 32"}, "PIXELS has '32', expected divisors of 112"),
-        ({"PIXELS": "28px"}, "PIXELS has '28px', expected divisors of 112"),
+        ({"PIXELS": "56 32"}, "PIXELS has '32', expected 56, 28, 14 or 7"),
+        ({"PIXELS": "28px"}, "PIXELS has '28px', expected 56, 28, 14 or 7"),
     ],
 )
 def test_the_coarse_study_refuses_before_it_trains(launch, environ, message):

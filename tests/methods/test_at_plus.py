@@ -443,3 +443,15 @@ def test_labels_may_be_missing_in_any_rank(ranks: Any, shards: Path, root: Path)
     for trace in ranks(2).run(run_steps, config=config, steps=4):
         assert trace.losses == pytest.approx(alone.losses, abs=1e-9)
         equal_up_to(trace.weights, alone.weights, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"attention": "at", "classes": "target"}, "classes=target has no meaning for attention=at"),
+        ({"areas": 3}, r"areas is for attention=cat, not at\+; leave it out"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], words: str):
+    with pytest.raises(ValidationError, match=words):
+        Config(**settings)

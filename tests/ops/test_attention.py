@@ -28,6 +28,7 @@ from distkd.ops.attention import (
     map_distance,
     normalised,
     of_class,
+    on_one_grid,
     pooled_to,
     unit_map_distance,
     upsampled,
@@ -457,3 +458,21 @@ def test_a_head_of_another_width_is_refused(
         f"a map of shape {map_shape} and a head of shape {head_shape} do not fit, expected (B, K, H, W) and (C, K) or "
         "(B, C, K)"
     )
+
+
+def test_maps_meet_on_the_grid_with_more_places():
+    fine, coarse = draw(1, 2, 3, 8, 2), draw(2, 2, 3, 2, 5)
+    one, other = on_one_grid(fine, coarse)
+    assert one.shape == other.shape == (2, 3, 8, 5)
+    torch.testing.assert_close(one, F.interpolate(fine, size=(8, 5), mode="bilinear", align_corners=True))
+    torch.testing.assert_close(other, F.interpolate(coarse, size=(8, 5), mode="bilinear", align_corners=True))
+    assert on_one_grid(fine, fine + 1)[0] is fine
+
+
+def test_a_range_too_small_to_divide_by_is_none():
+    maps = (torch.rand(2, 3, 4, 4) * 1e-41).requires_grad_()
+    made = normalised(maps)
+    made.sum().backward()
+    assert maps.grad is not None
+    assert not made.any()
+    assert not maps.grad.any()

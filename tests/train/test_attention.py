@@ -252,3 +252,32 @@ def test_a_large_image_is_averaged_down_and_its_shape_kept():
 def test_values_outside_of_an_image_are_cut_off():
     view = viewable(torch.tensor([[[-9.0, 9.0]]]), fitted(1))
     assert view.tolist() == [[0, 255]]
+
+
+def test_no_pictures_are_kept_where_none_are_wanted(small: Small, runs: Path, tmp_path: Path):
+    job = assemble(settings_of(config_of(small, runs, "sharp")), World())
+    path = maps_file(tmp_path)
+    for per_class, exists in ((1, True), (0, False)):
+        write_attention(
+            tmp_path,
+            job.method.student,
+            job.dataset,
+            "test",
+            device=job.device,
+            dtype=job.dtype,
+            per_class=per_class,
+        )
+        assert path.exists() == exists
+
+
+def test_a_full_disk_costs_the_pictures_and_not_the_run(
+    small: Small, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    job = assemble(settings_of(config_of(small, runs, "sharp")), World())
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("distkd.train.attention.write_bytes", full)
+    write_attention(tmp_path, job.method.student, job.dataset, "test", device=job.device, dtype=job.dtype)
+    assert "No space left on device; the report will lack this run's maps" in caplog.text
