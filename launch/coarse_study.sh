@@ -47,9 +47,13 @@ for labels in ${LABELS:-null 150 60}; do
     "$python" -m distkd.cli train $configs/teacher.yaml "${common[@]}" --run.root "$teachers"
     for pixels in ${PIXELS:-56 28 14}; do
         students=$root/labels-$labels/$pixels-px-$protocol
+        # four stages would leave a map of one place, in which there is nowhere to look
+        stages=()
+        [[ $protocol == native ]] && ((pixels < 28)) && stages=(--model.encoders.coarse.widths '[32, 64, 128]')
         "$python" -m distkd.cli train $configs/{student_alone,logit_kd,features,cat,at_plus}.yaml "${common[@]}" \
             --run.root "$students" --teacher.export "$teachers/lc25000_coarse-teacher-seed{seed}" \
-            --data.degraded.coarse.factor $((112 / pixels)) --data.degraded.coarse.restore $restore
+            --data.degraded.coarse.factor $((112 / pixels)) --data.degraded.coarse.restore $restore \
+            ${stages[@]+"${stages[@]}"}
         "$python" -m distkd.cli report "$teachers" "$students" --output "$students/report"
     done
 done
