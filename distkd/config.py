@@ -235,9 +235,10 @@ def _described(errors: Sequence[ErrorDetails], raw: Mapping[str, Any], root: typ
         else:
             message = error["msg"].removeprefix("Value error, ").replace(" for <class 'pathlib.Path'>", "")
             fault = message[0].lower() + message[1:]
-            found[path] = f", found {error['input']!r}"
+            if not (error["type"] == "value_error" and isinstance(error["input"], Mapping)):  # of a whole section
+                found[path] = f", found {error['input']!r}"
         faults.setdefault(path, []).append(fault)
-    return [f"{path}: {'; or '.join(some)}{found.get(path, '')}" for path, some in faults.items()]
+    return [f"{path}{': ' if path else ''}{'; or '.join(some)}{found.get(path, '')}" for path, some in faults.items()]
 
 
 def _location(loc: Sequence[int | str], raw: Any, *, missing: bool) -> list[int | str]:

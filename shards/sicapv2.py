@@ -195,7 +195,7 @@ def _load(path: Path, label: int, modality: Modality) -> Sample:
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, raw=f"folder of {FOLDER}")
-    parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"side that the patches have (default {SIZE})")
+    parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"side that patches have (default {SIZE})")
     return run(_make, parser, argv)
 
 

@@ -86,6 +86,18 @@ def test_every_mistake_is_named_at_once_with_its_path(tmp_path: Path):
     )
 
 
+def test_what_is_wrong_of_whole_sections_is_not_followed_by_all_of_them(tmp_path: Path):
+    rest = "model: {modalities: [path]}\ndata: {make: synthetic}\n"
+    message = refusal(tmp_path, f"method: {{name: at_plus, classes: target, attention: at}}\n{rest}")
+    assert message.splitlines()[1:] == [
+        "  method: classes=target has no meaning for attention=at, whose map has no classes; leave it out"
+    ]
+    message = refusal(tmp_path, f"method: supervised\noptim: {{fused: apex}}\nengine: {{name: fsdp}}\n{rest}")
+    assert message.splitlines()[1:] == ["  optim.fused=apex is not available under fsdp; use optim.fused torch"]
+    message = refusal(tmp_path, GOOD + "    run: {epochs: {a: 1}}\n")
+    assert message.endswith("run.epochs: input should be a valid integer, found {'a': 1}")
+
+
 def test_a_key_that_resembles_none_lists_what_is_known(tmp_path: Path):
     message = refusal(tmp_path, GOOD + "    batch: {xyzzy: 1}\n")
     assert "batch.xyzzy: unknown key; known here: global_batch, micro_batch" in message

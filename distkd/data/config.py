@@ -93,7 +93,8 @@ class DataConfig(StrictConfig):
     volume: VolumeConfig = VolumeConfig()
     """How volumes are cut, normalised and varied."""
     balance: Balance = "none"
-    """`oversample` repeats the samples of small classes (as AT+ does), `weighted` draws each class equally often."""
+    """`oversample` repeats the samples of small classes (as AT+ does), `weighted` draws each class equally often. An
+    epoch keeps its number of steps either way: of a longer list it takes a part."""
 
     @model_validator(mode="after")
     def _access_fits(self) -> Self:

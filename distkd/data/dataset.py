@@ -410,6 +410,9 @@ class Dataset:
         if name in degraded and name in manifest.modalities:
             raise ConfigError(f"data.degraded makes {name!r}, which the shard set stores; give the copy another name")
         source = degraded[name].of if name in degraded else name
+        if name in degraded and source not in manifest.modalities and source not in manifest.excluded:
+            images = [stored for stored, of in manifest.modalities.items() if (of.kind, of.role) == ("image", "input")]
+            raise ConfigError(f"data.degraded.{name}.of: unknown modality {source!r}{closest(source, images)}")
         if source not in manifest.modalities and source not in manifest.excluded and degraded:
             raise ConfigError(
                 f"unknown modality {source!r}{closest(source, [*manifest.modalities, *degraded])} (data.degraded "

@@ -226,6 +226,11 @@ class Plan:
         return self.n_samples // self.global_batch
 
     @property
+    def n_entries(self) -> int:
+        """Length of the list that an epoch is the beginning of."""
+        return self._list.length
+
+    @property
     def n_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 

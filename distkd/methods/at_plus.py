@@ -9,6 +9,7 @@ pool and linear layer in closed form; those of an earlier stage by differentiati
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import ClassVar, Literal, Self
 
@@ -29,6 +30,8 @@ from distkd.ops import attention
 from distkd.ops.kd import labelled_cross_entropy, soft_cross_entropy
 
 __all__ = ["ATPlus", "Config", "build"]
+
+log = logging.getLogger(__name__)
 
 
 class Config(MethodConfig):
@@ -69,6 +72,13 @@ class Config(MethodConfig):
             raise ConfigError("classes=target has no meaning for attention=at, whose map has no classes; leave it out")
         if self.attention != "cat" and self.areas != 2:
             raise ConfigError(f"areas is for attention=cat, not {self.attention}; leave it out")
+        if self.temperature != 1 and not self.alpha_kd:
+            raise ConfigError("temperature is for soft labels, but alpha_kd is 0; leave it out or set alpha_kd")
+        if not (self.alpha_at or self.alpha_fm or self.alpha_kd or self.alpha_sr):
+            raise ConfigError(
+                "alpha_at, alpha_fm, alpha_kd and alpha_sr are all 0, so nothing is distilled; set one of them, or use "
+                "method supervised"
+            )
         return self
 
     @property
@@ -96,6 +106,8 @@ class ATPlus(PlainMethod):
         if config.inner:
             for model in (self.student, self.teacher):
                 _trunk(model).inner = config.level_attention
+        if config.alpha_at and setup.world.is_main:
+            _warn_of_single_places(self.student, self.teacher)
 
     def step(self, model: Forward, batch: Batch, world: World) -> StepOutput:
         c = self.config
@@ -228,6 +240,21 @@ def _check_stages(config: Config, student: Classifier, teacher: Classifier) -> N
         raise ConfigError(
             f"method.level_attention={level} differentiates the student twice, which its batch statistics do not "
             "allow; use vgg16, model.norm=group, or level_attention -1"
+        )
+
+
+def _warn_of_single_places(student: Classifier, teacher: Classifier) -> None:
+    """A map of one place says how much each class has of it, and nothing of where its network looks."""
+    sizes = {"student": student.map_size, "teacher": teacher.map_size}
+    who = next((who for who, size in sizes.items() if size == (1, 1)), None)
+    if who is not None:
+        both = ", ".join(f"{who} {height} x {width}" for who, (height, width) in sizes.items())
+        log.warning(
+            "the map of the %s has a single place, in which there is nowhere to look (maps: %s), and method.alpha_at "
+            "weighs the comparison all the same; a larger data.augment.crop, a smaller data.degraded factor or an "
+            "encoder with fewer strides leaves more places",
+            who,
+            both,
         )
 
 

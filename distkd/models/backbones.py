@@ -47,9 +47,9 @@ class Backbone(Trunk):
         self.title = title
         self.without = list(without)
 
-    def load(self, path: Path) -> None:
-        """Start from a weights file with the library's names."""
-        load_weights(self.network, path, name=self.title, without=self.without)
+    def load(self, path: Path, *, key: str = "") -> None:
+        """Start from a weights file with the library's names, which the config has as `key`."""
+        load_weights(self.network, path, name=self.title, without=self.without, key=key)
 
 
 class TimmTrunk(Backbone):

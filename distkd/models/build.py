@@ -156,6 +156,14 @@ class Classifier(nn.Module):
         found = [branch for name in self.modalities if (branch := self.branch(name)).trunk is not None]
         return found[0] if len(found) == 1 else None
 
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Places of the map that `mapped` hands out, an earlier stage's where its trunk was asked for one."""
+        name = next(name for name in self.modalities if self.branch(name) is self.mapped)
+        trunk = self.branch(name).trunk
+        assert trunk is not None
+        return trunk.map_size(self.specs[name].shape)
+
     def mapped_outputs(self, out: Outputs) -> Outputs:
         """What `mapped` gave, of the outputs of this model."""
         return next((branch for branch in out.branches.values() if branch.map_BKHW is not None), out)
@@ -304,10 +312,11 @@ def _encoder(name: str, config: ModelConfig, spec: InputSpec, pretrained: bool) 
         pooled = section.head == "pooled" or (section.head == "auto" and chosen in _POOLED)
         trunk = _trunk(name, config, spec, pooled)
         if section.weights is not None and pretrained:
+            key = f"model.encoders.{name}.weights"
             if isinstance(trunk, Backbone):
-                trunk.load(section.weights)
+                trunk.load(section.weights, key=key)
             else:
-                load_weights(trunk, section.weights, name=_PRETRAINED[chosen], without=("fc.", "classifier."))
+                load_weights(trunk, section.weights, name=_PRETRAINED[chosen], without=("fc.", "classifier."), key=key)
         return ImageEncoder(trunk, None if pooled else config.feature_dim, norm=config.norm)
     widths = _WIDTHS[chosen] if section.widths is None else section.widths
     if chosen == "snn":

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -53,6 +54,15 @@ class Trunk(nn.Module):
                     x.requires_grad_()  # of a frozen network: a graph from here on, and not of what is below
                 kept = x
         return x, kept
+
+    def map_size(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(h, w) of the inner map, or else of the last, for images of `shape` (C, H, W); nothing is computed."""
+        shapes = deepcopy(self).to("meta").eval()
+        dtype = next((p.dtype for p in self.parameters()), None)
+        with torch.no_grad():
+            last, inner = shapes(torch.empty(1, *shape, dtype=dtype, device="meta"))
+        height, width = (last if inner is None else inner).shape[2:]
+        return height, width
 
 
 def chain(layers: Iterable[nn.Module]) -> Stage:

@@ -8,7 +8,6 @@ Reads the `eval/<split>.attention.npz` of one run a role and shows the samples t
 from __future__ import annotations
 
 import io
-import textwrap
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from distkd.errors import DataError
-from distkd.report.plots import INK, Panel
+from distkd.report.plots import INK, Panel, wrapped
 from distkd.report.roles import Role
 from distkd.report.runs import Run
 from distkd.report.study import Study
@@ -33,12 +32,16 @@ _FIELDS = ("class_names", "modality", "size", "key", "label", "predicted", "prob
 
 _CELL = 1.35
 """Inches a side of one picture."""
-_GAP, _BAR, _LINE = 0.06, 0.4, 0.12
+_GAP, _BAR, _LINE = 0.08, 0.4, 0.12
 """In sides of a picture: between two, for the scale on the right, for a line of text."""
 _PIXELS = 192
 """A side of what is drawn into the page."""
-_WRAP = 22
-"""Letters in a line above a picture."""
+_ROOM = 0.9 * _CELL
+"""Inches of words; a picture is a little smaller than its cell where a title stands above the row."""
+_LETTERS = 7.5
+"""Points of the words around a picture."""
+_AT_MOST = 8
+"""Lines above a picture."""
 _RIGHT, _WRONG = "\N{CHECK MARK}", "\N{BALLOT X}"
 
 
@@ -174,7 +177,7 @@ def _panel(views: Views, key: str) -> Panel:
     first = views.shown[0][2]
     cells = _cells(views, key)
     n_lines = max(len(cell.above) for cell in cells)
-    head, foot = (n_lines + 0.6) * _LINE, 1.8 * _LINE
+    head, foot = (n_lines + 0.6) * _LINE, 3.1 * _LINE
     width = len(cells) * (1 + _GAP) + _BAR
 
     def draw(axes: Axes) -> None:
@@ -184,8 +187,8 @@ def _panel(views: Views, key: str) -> Panel:
             _picture(axes, cell.pixels, left)
             words = "\n".join(cell.above)
             weight = "bold" if cell.bold else "normal"
-            axes.text(left, -0.4 * _LINE, words, va="bottom", fontsize=7.5, fontweight=weight, linespacing=1.25)
-            axes.text(left, 1 + 0.3 * _LINE, cell.below, va="top", fontsize=8)
+            axes.text(left, -0.4 * _LINE, words, va="bottom", fontsize=_LETTERS, fontweight=weight, linespacing=1.25)
+            axes.text(left, 1 + 0.3 * _LINE, cell.below, va="top", fontsize=_LETTERS, linespacing=1.25)
         _scale(axes, width - _BAR + 0.04)
         axes.set_xlim(0, width)
         axes.set_ylim(1 + foot, -head)
@@ -205,21 +208,21 @@ def _cells(views: Views, key: str) -> list[_Cell]:
         image, label, predicted = attention.image[n], int(attention.label_N[n]), int(attention.predicted_N[n])
         if before is None or not np.array_equal(image, before):
             size = " x ".join(map(str, reversed(attention.size)))
-            cells.append(_Cell([*_lines(f"input {attention.modality}", _WRAP), f"{size} px"], _enlarged(image)))
+            cells.append(_Cell([*_lines(f"input {attention.modality}"), f"{size} px"], _enlarged(image)))
         before = image
         said = f"{_RIGHT if predicted == label else _WRONG} {attention.class_names[predicted]}"
         share = f" {attention.probability_N[n]:.2f}"
-        title = _lines(role.title, _WRAP - 2)
-        room = _WRAP - len(share)
-        below = (said if len(said) <= room else f"{said[: room - 3]}...") + share
-        cells.append(_Cell(title, overlay(image, attention.maps_NChw[n, label]), below, bold=True))
+        while len(wrapped(said + share, _ROOM, size=_LETTERS)) > 1:
+            said = f"{said.removesuffix('...')[:-1]}..."
+        map_hw = attention.maps_NChw[n, label]
+        below = f"{said}{share}\nmap {map_hw.shape[1]} x {map_hw.shape[0]}"
+        cells.append(_Cell(_lines(role.title, bold=True), overlay(image, map_hw), below, bold=True))
     return cells
 
 
-def _lines(text: str, width: int) -> list[str]:
-    """At most four, the variant of a role on a line of its own."""
-    parts = text.replace(" (", "\n(", 1).split("\n")
-    return [line for part in parts for line in textwrap.wrap(part, width, max_lines=3, placeholder=" ...")][:4]
+def _lines(text: str, *, bold: bool = False) -> list[str]:
+    lines = wrapped(text, _ROOM, size=_LETTERS, bold=bold)
+    return lines if len(lines) <= _AT_MOST else [*lines[: _AT_MOST - 1], "..."]
 
 
 def _enlarged(image: np.ndarray) -> np.ndarray:
@@ -265,8 +268,9 @@ def about_views(views: Views, study: Study) -> list[str]:
         "head uses; it is no segmentation, and no proof that the model would fail without that place."
     )
     below = (
-        "Below each picture the predicted class with its probability, ticked where it is right. The samples were "
-        "chosen by their keys alone, not by how a model does on them."
+        "Below each picture the predicted class with its probability, ticked where it is right, and how many places "
+        "the map has before it is drawn at the image's size. The samples were chosen by their keys and patients alone, "
+        "not by how a model does on them."
     )
     words = [seen, below]
     if any(len(run.modalities) > 1 for _, run, _ in views.shown):

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from distkd.report.plots import INK, Panel, Style
+from distkd.report.plots import INK, Panel, Style, wrapped
 from distkd.report.roles import Role
 from distkd.report.stats import Estimate, estimate, units_of
 
@@ -24,18 +24,20 @@ def value_panel(metric: str, level: str, roles: Sequence[tuple[Role, Style]]) ->
     """One line per role: the runs as dots, mean and interval beside them."""
     shown = [(role, style, role.values(metric, level)) for role, style in roles]
     shown = [(role, style, values) for role, style, values in shown if values]
+    names = [wrapped(role.title, 1.6, size=8) for role, _, _ in shown]
+    line = max(0.46, 0.1 + 0.15 * max(map(len, names), default=0))
 
     def draw(axes: Axes) -> None:
         for place, (_, style, values) in enumerate(shown):
             points = [values[unit] for unit in sorted(values)]
             axes.scatter(points, [place + 0.18] * len(points), s=14, color=style.color, alpha=0.45, linewidths=0)
             _interval(axes, estimate(units_of(values)), place - 0.12, style)
-        axes.set_yticks(range(len(shown)), [_wrap(role.title) for role, _, _ in shown])
+        axes.set_yticks(range(len(shown)), ["\n".join(lines) for lines in names])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(metric)
 
-    return Panel(f"{metric}: mean, 95 % interval, every run", draw, width=5.2, height=0.9 + 0.46 * len(shown))
+    return Panel(f"{metric}: mean, 95 % interval, every run", draw, width=5.2, height=0.9 + line * len(shown))
 
 
 def difference_panel(title: str, roles: Sequence[tuple[Style, dict[str, Estimate]]]) -> Panel:
@@ -65,10 +67,6 @@ def _interval(axes: Axes, value: Estimate | None, place: float, style: Style) ->
     axes.plot([value.mean], [place], color=style.color, marker=style.marker, linestyle="none", markersize=5.5)
 
 
-def _wrap(title: str) -> str:
-    return title.replace(" (", "\n(").replace(", ", ",\n")
-
-
 def confusion_of(role: Role) -> np.ndarray | None:
     """Counts summed over the role's counted runs, (C, C), rows are labels."""
     counts = [np.array(run.evaluation.confusion) for run in role.counted if run.evaluation is not None]
@@ -90,12 +88,12 @@ def confusion_panel(role: Role, class_names: Sequence[str]) -> Panel | None:
                 share = share_CC[row, column]
                 # opacity instead of a colour map: zero is the page's own background, dark or light
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_BLUE, alpha=share, linewidth=0))
-                if count_CC[row, column]:
-                    # where white and the dark ink of a light page read equally well; in the dark both are light
-                    axes.text(
-                        column, row, _cell(share, count_CC[row, column], c), ha="center", va="center",
-                        color="white" if share > 0.85 else INK, fontsize=8 if c <= 5 else 6,
-                    )  # fmt: skip
+                count = count_CC[row, column]
+                # where white and the dark ink of a light page read equally well; in the dark both are light
+                axes.text(
+                    column, row, _cell(share, count, c) if count else "0", ha="center", va="center",
+                    color="white" if share > 0.85 else INK, alpha=1 if count else 0.45, fontsize=8 if c <= 5 else 6,
+                )  # fmt: skip
         axes.set_xlim(-0.5, c - 0.5)
         axes.set_ylim(c - 0.5, -0.5)
         axes.set_aspect("equal")

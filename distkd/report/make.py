@@ -14,7 +14,7 @@ from distkd.report.plots import Panel, panels_to_png
 from distkd.report.runs import find_runs, load_run
 from distkd.report.study import Study, make_study
 
-__all__ = ["make_report"]
+__all__ = ["families", "make_report"]
 
 
 def make_report(
@@ -39,9 +39,9 @@ def make_report(
     output = run_folders[0] / "report" if output is None else output
     output.mkdir(parents=True, exist_ok=True)
     views = find_views(study)
-    families = _families(study) | {"attention": attention_panels(views)}
+    by_name = families(study) | {"attention": attention_panels(views)}
     legend = [(role.title, style) for role, style in study.roles]
-    for name, panels in families.items():
+    for name, panels in by_name.items():
         curve = name in ("loss", "validation", "optimisation")
         if panels:
             columns = 3 if curve else 1 if name == "attention" else 2
@@ -50,11 +50,11 @@ def make_report(
         else:
             (output / f"{name}.png").unlink(missing_ok=True)  # of an earlier report of other runs
     page = output / "index.html"
-    write_text(page, render_page(study, families, views))
+    write_text(page, render_page(study, by_name, views))
     return page
 
 
-def _families(study: Study) -> dict[str, list[Panel]]:
+def families(study: Study) -> dict[str, list[Panel]]:
     """Panels by the name of their PNG."""
     comparison: list[Panel] = []
     if study.counted:

@@ -27,10 +27,12 @@ def render_page(study: Study, families: Families, views: Views | None = None) ->
         "provenance": ("Where this comes from", provenance(study)),
     }
     known = {name: section for name, section in sections.items() if section[1]}
-    facts = study.runs[0].about_data
     title = next((str(run.about_data["task"]) for run in study.runs if "task" in run.about_data), "distkd report")
-    counts = [_count(len(study.runs), "run"), _count(len(study.roles), "experiment"), f"{study.split} split"]
-    counts += [f"{facts['n_patients']} patients"] if "n_patients" in facts else []
+    counts = [
+        _count(len(study.runs), "run"),
+        _count(len(study.roles), "experiment"),
+        f"{study.split} split{_scored(study)}",
+    ]
     links = [tag("a", heading, href=f"#{name}") for name, (heading, _) in known.items()]
     head = tag("header", tag("h1", title), tag("p", ", ".join(counts)), tag("nav", *links))
     body = [tag("section", tag("h2", heading), content, id=name) for name, (heading, content) in known.items()]
@@ -40,6 +42,15 @@ def render_page(study: Study, families: Families, views: Views | None = None) ->
         f"{tag('title', f'{title} - distkd report')}\n<style>{CSS}</style>\n</head>\n"
         f"<body>\n{tag('main', head, excluded_notice(study), *body)}\n</body>\n</html>\n"
     )
+
+
+def _scored(study: Study) -> str:
+    """How much of the split the numbers are of; folds may differ."""
+    n = sorted({run.evaluation.n for role, _ in study.counted for run in role.counted if run.evaluation})
+    if not n:
+        return ""
+    least = f"{n[0]} to " if len(n) > 1 else ""
+    return f" of {least}{_count(n[-1], study.level)}"
 
 
 def _count(n: int, word: str) -> str:

@@ -18,9 +18,24 @@ from typing import Any, Literal
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextToPath
 
-__all__ = ["GRID", "INK", "ON_DARK", "Panel", "Style", "panels_to_png", "share_glyphs", "style_of", "themed", "to_svg"]
+__all__ = [
+    "GRID",
+    "INK",
+    "ON_DARK",
+    "Panel",
+    "Style",
+    "panels_to_png",
+    "png_figure",
+    "share_glyphs",
+    "style_of",
+    "themed",
+    "to_svg",
+    "wrapped",
+]
 
 INK = "#16181d"
 """Text and lines; in the page it is replaced by the colour of the text, light or dark."""
@@ -58,13 +73,18 @@ def themed(color: str) -> str:
 
 _THEMED = {INK: "var(--ink)", GRID: "var(--grid)"} | {color: themed(color) for color in ON_DARK}
 
+_LETTERS = TextToPath()
+_LEGEND_SIZE, _TITLE_SIZE = 8.0, 9.0
+_LINE = 1.4 / 72
+"""Inches from line to line, by point of the letters."""
+
 _RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
-    "axes.titlesize": 9,
+    "axes.titlesize": _TITLE_SIZE,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.linewidth": 0.7,
@@ -84,7 +104,7 @@ _RC: Any = {
     "lines.linewidth": 1.5,
     "lines.markersize": 4.5,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": _LEGEND_SIZE,
     "legend.handlelength": 3.0,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.09,
@@ -110,6 +130,32 @@ class Panel:
     width: float = 3.5
     """Inches."""
     height: float = 2.3
+
+
+def wrapped(text: str, width: float, *, size: float, bold: bool = False) -> list[str]:
+    """Lines of at most `width` inches: broken between words, else after a dot and the like, last between letters.
+
+    A bracket, as of a role's variant, begins a line where not all fits into one.
+    """
+    if _inches(text, size, bold) <= width:
+        return [text]
+    head, bracket, tail = text.partition(" (")
+    if bracket and head:
+        return wrapped(head, width, size=size, bold=bold) + wrapped(f"({tail}", width, size=size, bold=bold)
+    lines = [""]
+    for word in re.findall(r"\S+\s*", text):
+        fits = _inches(word.rstrip(), size, bold) <= width
+        for part in [word] if fits else re.findall(r"[^-._=/|+]*[-._=/|+\s]*", word):
+            for piece in [part] if _inches(part.rstrip(), size, bold) <= width else part:
+                if lines[-1] and _inches((lines[-1] + piece).rstrip(), size, bold) > width:
+                    lines.append("")
+                lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
+def _inches(text: str, size: float, bold: bool) -> float:
+    font = FontProperties(family="DejaVu Sans", size=size, weight="bold" if bold else "normal")
+    return _LETTERS.get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
 def style_of(number: int, *, is_teacher: bool = False) -> Style:
@@ -159,23 +205,54 @@ def share_glyphs(page: str) -> str:
 
 def panels_to_png(panels: Sequence[Panel], legend: Sequence[tuple[str, Style]], columns: int = 3) -> bytes:
     """All panels of a family in one picture with a legend of the roles, on white, 150 dpi."""
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width, height = max(panel.width for panel in panels), max(panel.height for panel in panels)
-    salt = "png"
-    with _figure(columns * width, rows * height + (0.35 if legend else 0.0), salt) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, panel in zip(grid, panels, strict=False):
-            panel.draw(axes)
-            axes.set_title(panel.title)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        if legend:
-            lines = [
-                Line2D([], [], color=style.color, linestyle=style.dash, marker=style.marker, label=title)
-                for title, style in legend
-            ]
-            figure.legend(handles=lines, loc="outside upper left", ncols=min(len(lines), 4))
+    with png_figure(panels, legend, columns) as figure:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     return file.getvalue()
+
+
+@contextmanager
+def png_figure(panels: Sequence[Panel], legend: Sequence[tuple[str, Style]], columns: int = 3) -> Iterator[Figure]:
+    """What `panels_to_png` saves; titles and legend take as many lines as they need."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width, height = max(panel.width for panel in panels), max(panel.height for panel in panels)
+    with _figure(columns * width, rows * height, "png") as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, panel in zip(grid.ravel(), panels, strict=False):
+            panel.draw(axes)
+            axes.set_title("title")
+        for axes in grid.ravel()[len(panels) :]:
+            axes.set_axis_off()
+        extra = _add_legend(figure, legend, columns * width) if legend else 0.0
+        figure.set_figheight(rows * height + extra)
+        figure.draw_without_rendering()  # how wide the axes are follows from what stands beside them
+        for number in range(rows):
+            of_row = list(zip(grid[number], panels[number * columns :], strict=False))
+            titles = [wrapped(panel.title, _width(axes), size=_TITLE_SIZE, bold=True) for axes, panel in of_row]
+            for (axes, _), lines in zip(of_row, titles, strict=True):
+                axes.set_title("\n".join(lines))
+            extra += (max(map(len, titles)) - 1) * _TITLE_SIZE * _LINE
+        figure.set_figheight(rows * height + extra)
+        yield figure
+
+
+def _width(axes: Axes) -> float:
+    assert isinstance(axes.figure, Figure)
+    return axes.get_window_extent().width / axes.figure.dpi
+
+
+def _add_legend(figure: Figure, legend: Sequence[tuple[str, Style]], width: float) -> float:
+    """Above everything, in as many columns as fit, up to four; its height."""
+    size = _LEGEND_SIZE
+    handle, gap, edge = 3.8 * size / 72, 2.0 * size / 72, 0.3  # line sample, between two columns, at both ends
+    titles = [wrapped(title, width - edge - handle, size=size) for title, _ in legend]
+    room = max(_inches(line, size, False) for lines in titles for line in lines) + handle
+    columns = max(1, min(4, len(legend), int((width - edge + gap) / (room + gap))))
+    handles = [
+        Line2D([], [], color=style.color, linestyle=style.dash, marker=style.marker, label="\n".join(lines))
+        for lines, (_, style) in zip(titles, legend, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    rows = math.ceil(len(legend) / columns)
+    return (rows * max(map(len, titles)) + 1) * size * _LINE

@@ -78,6 +78,7 @@ def _data(study: Study) -> Safe:
     facts["class_names"] = ", ".join(map(str, study.class_names or facts.get("class_names", [])))
     if isinstance(facts.get("excluded"), dict):
         facts["excluded"] = "; ".join(f"{column} ({reason})" for column, reason in facts["excluded"].items())
+    facts["labels"] = "; ".join(dict.fromkeys(role.labels for role, _ in study.roles))
     rows = [[title, str(facts[key])] for key, title in _FACTS.items() if facts.get(key) not in (None, "")]
     if "source" not in facts and "licence" not in facts:
         rows.append(["source and licence", "not found: neither the run folders nor a manifest within reach say"])
@@ -89,6 +90,7 @@ _FACTS = {
     "class_names": "classes",
     "n_samples": "samples",
     "n_patients": "patients",
+    "labels": "labels in training",
     "split_rule": "split rule",
     "split_seed": "split seed",
     "excluded": "excluded columns",
@@ -118,6 +120,7 @@ def _runs(study: Study) -> Safe:
         [
             run.name,
             role.title,
+            role.labels.removesuffix(" labels"),
             str(run.fold),
             str(run.seed),
             _ending(run.outcome, run.state),
@@ -128,7 +131,7 @@ def _runs(study: Study) -> Safe:
         for role, _ in study.roles
         for run in role.runs
     ]
-    header = ["run", "role", "fold", "seed", "outcome", f"n ({study.split})", "step of the weights", "folder"]
+    header = ["run", "role", "labels", "fold", "seed", "outcome", f"n ({study.split})", "step of the weights", "folder"]
     return details(f"All {len(rows)} runs and how they ended", table(header, rows, class_="left"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from distkd.report.html import Safe, details, join, name_cell, table, tag
 from distkd.report.plots import Style
-from distkd.report.roles import Role
+from distkd.report.roles import Role, is_baseline, unlike
 from distkd.report.stats import Estimate, estimate, paired, units_of, verdict
 from distkd.report.study import Study
 from distkd.report.theme import swatch
@@ -25,9 +27,9 @@ def _interval(value: Estimate, *, signed: bool = False) -> str:
 
 
 def role_cell(role: Role, style: Style, *facts: str) -> Safe:
-    """The role's name with its line sample; below it the inputs that its models need."""
-    inputs = " + ".join(role.runs[0].modalities) or "inputs not stated"
-    lines = [tag("small", line) for line in (inputs, *facts)]
+    """The role's name with its line sample; below it the inputs that its models need, and the labels if not all."""
+    labels = () if role.runs[0].get("data.labelled") is None else (role.labels,)
+    lines = [tag("small", line) for line in (role.inputs, *labels, *facts)]
     return join([tag("span", swatch(style), role.title, class_="role"), *lines], "")
 
 
@@ -42,7 +44,7 @@ def _flow(study: Study) -> Safe:
     boxes: list[Safe] = []
     for title, is_teacher in (("teacher sees", True), ("student needs", False)):
         roles = [role for role, _ in study.roles if (role.kind == "teacher") == is_teacher]
-        inputs = sorted({" + ".join(role.runs[0].modalities) for role in roles})
+        inputs = sorted({role.inputs for role in roles})
         if roles:
             boxes.append(tag("div", tag("b", title), "; ".join(inputs)))
     if len(boxes) == 2:
@@ -59,7 +61,10 @@ def _verdict(study: Study, role: Role) -> Safe:
     base = study.baseline_of(role)
     if base is None:
         want = study.baseline or "student alone"
-        return tag("li", tag("b", role.title), f": no {want} with the same data, labels and inputs to compare with")
+        others = [other for other, _ in study.counted if is_baseline(other, study.baseline)]
+        why = unlike(role, others)
+        text = f": no {want} with the same data, labels and inputs to compare with"
+        return tag("li", tag("b", role.title), text, *([tag("small", why)] if why else []))
     difference = study.differences(role, study.level).get(study.main_metric)
     text = verdict(difference)
     said = tag("span", text, class_="verdict")
@@ -76,7 +81,7 @@ def _verdict(study: Study, role: Role) -> Safe:
 
 def _gap(study: Study, difference: Estimate, base: Role) -> str:
     """How much of the way from the baseline to the teacher was gone, where there is one teacher and a way."""
-    teachers = [role for role, _ in study.counted if role.kind == "teacher" and role.setting[:2] == base.setting[:2]]
+    teachers = [role for role, _ in study.counted if role.kind == "teacher" and role.data == base.data]
     if len(teachers) != 1:
         return ""
     metric, level = study.main_metric, study.level
@@ -160,12 +165,20 @@ def footnotes(study: Study) -> Safe:
             "Seeds repeat the training on the same split: the intervals cover the chance of training, not the choice "
             "of patients or samples."
         )
-    notes = sorted(
-        {note for role, _ in study.counted for r in role.counted if r.evaluation for note in r.evaluation.notes}
-    )
+    notes = _notes(study)
     listed = [tag("p", f"Notes of the evaluation: {'; '.join(notes)}.", class_="soft")] if notes else []
     chance = "Of intervals about nothing, one in twenty excludes zero by chance: read the headline metric first."
     return join([tag("p", f"{text} {chance}", class_="soft"), *listed])
+
+
+def _notes(study: Study) -> list[str]:
+    """Each with the roles that it is of, and of how many of their runs."""
+    found: dict[str, list[str]] = {}
+    for role, _ in study.counted:
+        noted = Counter(note for run in role.counted if run.evaluation for note in set(run.evaluation.notes))
+        for note, n in noted.items():
+            found.setdefault(note, []).append(f"{role.title}, {n} of {_count(len(role.counted), 'run')}")
+    return [f"{note} ({'; '.join(of)})" for note, of in sorted(found.items())]
 
 
 def run_values(study: Study) -> Safe:

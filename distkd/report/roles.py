@@ -14,7 +14,7 @@ from distkd.errors import DataError
 from distkd.report.runs import Run
 from distkd.report.stats import Unit
 
-__all__ = ["Role", "assign_roles", "check_comparable", "find_baseline", "flatten"]
+__all__ = ["Role", "assign_roles", "check_comparable", "find_baseline", "flatten", "is_baseline", "unlike"]
 
 Kind = Literal["teacher", "alone", "distilled"]
 
@@ -55,17 +55,36 @@ class Role:
         return [run for run in self.runs if run.is_done] or list(self.runs)
 
     @property
-    def setting(self) -> tuple[Any, ...]:
-        """What a fair comparison shares: data, labels, and the inputs that the model needs."""
+    def data(self) -> str:
+        """What it learns from and is scored on."""
         run = self.runs[0]
-        data = (run.get("data.shards"), run.get("data.make"), run.get("data.labelled"))
-        coarse = run.get("data.degraded", {})
-        return (*data, run.modalities, [coarse[name] for name in run.modalities if name in coarse])
+        return " ".join(str(run.get(key)) for key in ("data.shards", "data.make") if run.get(key) is not None)
+
+    @property
+    def labels(self) -> str:
+        """How many training samples keep theirs."""
+        return _said("data.labelled", self.runs[0].get("data.labelled"))
+
+    @property
+    def inputs(self) -> str:
+        """What its models need; of a degraded copy what it is made of, and by which protocol."""
+        copies = self.runs[0].get("data.degraded", {})
+        shown = [f"{name}{_made(copies[name])}" if name in copies else name for name in self.runs[0].modalities]
+        return " + ".join(shown) or "inputs not stated"
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """What a fair comparison shares, in words."""
+        return {"data": self.data, "labels": self.labels, "inputs": self.inputs}
 
     def values(self, metric: str, level: str) -> dict[Unit, float]:
         """The metric by fold and seed, where it is defined."""
         found = {run.unit: run.evaluation.metrics_at(level).get(metric) for run in self.counted if run.evaluation}
         return {unit: float(value) for unit, value in found.items() if value is not None}
+
+
+def _made(copy: Mapping[str, Any]) -> str:
+    return f" ({copy.get('of')} / {copy.get('factor')}, {'restored' if copy.get('restore', True) else 'native'})"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,12 +153,14 @@ def _variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     keys = sorted({key for flat in flats for key in flat})
     differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
     for prefix in _FOLLOWS:
-        others = [key for key in differing if not key.startswith(prefix)]
+        others = [key for key in differing if not f"{key}.".startswith(prefix)]  # also a section that is empty
         if _n_groups(flats, others) == _n_groups(flats, differing):
             differing = others
+    seen = {name for run in runs for name in run.modalities if name in run.get("data.degraded", {})}
+    copy = seen.pop() if len(seen) == 1 else None
     found: dict[str, list[Run]] = {}
     for run, flat in zip(runs, flats, strict=True):
-        found.setdefault(", ".join(_said(key, flat.get(key)) for key in differing), []).append(run)
+        found.setdefault(", ".join(_said(key, flat.get(key), copy) for key in differing), []).append(run)
     return found
 
 
@@ -151,9 +172,14 @@ def _identity(run: Run) -> dict[str, Any]:
     return {key: value for key, value in flatten(run.config).items() if key not in _REPEATS}
 
 
-def _said(key: str, value: Any) -> str:
+def _said(key: str, value: Any, copy: str | None = None) -> str:
+    """A setting in words; of the degraded copy `copy`, which all models that see one see, without its name."""
     if key == "data.labelled":
         return "all labels" if value is None else f"{value} labels"
+    if key.startswith("data.degraded.") and key.count(".") == 3 and value is not None:
+        name, field = key.split(".")[2:]
+        words = f"{field} {value}" if field != "restore" else "reference" if value else "native"
+        return words if name == copy else f"{name} {words}"
     shown = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     if key == "model.modalities":
         return f"sees {shown}"
@@ -175,6 +201,11 @@ def _without_repeats(runs: Sequence[Run], repeated: dict[Path, str]) -> list[Run
     return kept
 
 
+def is_baseline(role: Role, method: str | None) -> bool:
+    """Whether others may be compared with it: the student alone, or `method`."""
+    return role.kind == "alone" if method is None else role.kind != "teacher" and role.method == method
+
+
 def find_baseline(role: Role, roles: Sequence[Role], method: str | None) -> Role | None:
     """What `role` is compared with: the student alone, or `method`, on the same data, labels and inputs.
 
@@ -183,14 +214,23 @@ def find_baseline(role: Role, roles: Sequence[Role], method: str | None) -> Role
     wanted = [
         other
         for other in roles
-        if (other.kind == "alone" if method is None else other.kind != "teacher" and other.method == method)
-        and (other.setting == role.setting or (role.kind == "teacher" and other.setting[:2] == role.setting[:2]))
+        if is_baseline(other, method)
+        and (other.setting == role.setting or (role.kind == "teacher" and other.data == role.data))
     ]
     if role in wanted:
         return None
     own = flatten(role.runs[0].config)
     distance = {id(other): sum(own.get(k) != v for k, v in flatten(other.runs[0].config).items()) for other in wanted}
     return min(wanted, key=lambda other: (distance[id(other)], other.variant), default=None)
+
+
+def unlike(role: Role, roles: Sequence[Role]) -> str:
+    """Why none of `roles` is a fair comparison: what the nearest of them has otherwise; empty without any."""
+    differing = [
+        (other, [name for name, value in other.setting.items() if value != role.setting[name]]) for other in roles
+    ]
+    other, names = min(differing, key=lambda pair: len(pair[1]), default=(role, []))
+    return ", ".join(f"{name} of {other.title}: {other.setting[name]}" for name in names)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -1,6 +1,6 @@
 """What a student with a pooled head looks at in a few samples of a split: `eval/<split>.attention.npz`, for the report.
 
-Samples are chosen by key alone, so that all runs of a study show the same ones, at any resolution.
+Samples are chosen by key, label and patient alone, so that all runs of a study show the same ones, at any resolution.
 """
 
 # Shapes: N chosen samples, C classes, K channels of a map of h x w places, H x W pixels
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ MAX_SIDE = 192
 
 
 def choose_samples(dataset: Dataset, split: Split, per_class: int = 2) -> list[int]:
-    """Numbers in the manifest of a few labelled samples, class by class: a function of the split's keys and labels."""
+    """Numbers in the manifest of a few labelled samples, class by class, while they last of different patients:
+    a function of the split's keys, labels and patients.
+    """
     columns = dataset.shard_set.manifest.samples
     by_label: dict[int, list[int]] = {}
     for sample in dataset.split_samples(split).tolist():
@@ -47,7 +50,13 @@ def choose_samples(dataset: Dataset, split: Split, per_class: int = 2) -> list[i
             by_label.setdefault(label, []).append(sample)
     ranked: list[tuple[int, int, int]] = []
     for label, samples in by_label.items():
-        first = sorted(samples, key=lambda sample: (text_key(columns.key[sample]), columns.key[sample]))[:per_class]
+        drawn = sorted(samples, key=lambda sample: (text_key(columns.key[sample]), columns.key[sample]))
+        seen = Counter[str]()
+        turns: list[int] = []
+        for sample in drawn:
+            turns.append(seen[columns.patient[sample]])
+            seen[columns.patient[sample]] += 1
+        first = [sample for _, sample in sorted(zip(turns, drawn, strict=True), key=lambda pair: pair[0])][:per_class]
         ranked += [(rank, label, sample) for rank, sample in enumerate(first)]
     kept = sorted(ranked)[:AT_MOST]  # of many classes the first of each before the second of any
     return [sample for _, _, sample in sorted(kept, key=lambda item: (item[1], item[0]))]

@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from distkd import __version__
 from distkd.base import World
+from distkd.data.volumes import VolumeView
 from distkd.errors import ConfigError
 from distkd.files import read_json, write_json, write_text
 from distkd.train.settings import Settings
 
-__all__ = ["Events", "check_config", "environment", "write_config", "write_outcome"]
+__all__ = ["Events", "changes", "check_config", "check_selected", "environment", "write_config", "write_outcome"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,14 @@ FREE = {
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest. Another
 engine or another kernel adds in another order, as another number of ranks does."""
+
+FIXED = (
+    "model.modalities", "data.degraded", "data.augment.crop", "data.image_mean", "data.image_std",
+    *(f"data.volume.{name}" for name in VolumeView.model_fields),
+    "eval.metric", "eval.level", "eval.patient_rule",
+)  # fmt: skip
+"""Keys and sections that may not differ where a checkpoint is gone on from, whatever is allowed: the best student so
+far was trained on these inputs and selected by this metric, and would be exported under the new ones."""
 
 
 class Events:
@@ -83,17 +92,39 @@ def check_config(settings: Settings, *, allow_change: bool = False) -> None:
     path = settings.folder / "config.yaml"
     if not path.exists() or allow_change:
         return
-    old, new = (
-        flatten(_as_resolved(yaml.safe_load(path.read_text()), settings)),
-        flatten(settings.model_dump(mode="json")),
-    )
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in FREE)
+    differing = changes(yaml.safe_load(path.read_text()), settings)
     if differing:
-        lines = "".join(f"\n  {key}: {old.get(key)!r} in the folder, {new.get(key)!r} now" for key in differing)
+        lines = "".join(f"\n  {key}: {old!r} in the folder, {new!r} now" for key, (old, new) in differing.items())
+        advice = "use another --run.name, remove the folder, or pass --allow-change to go on with the new values"
+        if any(_is_fixed(key) for key in differing):
+            advice = "use another --run.name, or remove the folder"
+        raise ConfigError(f"run folder {settings.folder} was made with another config:{lines}\n{advice}")
+
+
+def changes(written: dict[str, Any], settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """Keys that matter, with what a written config has and what the settings have, where these differ."""
+    old, new = flatten(_as_resolved(written, settings)), flatten(settings.model_dump(mode="json"))
+    keys = sorted((old.keys() | new.keys()) - FREE)
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def check_selected(changed: dict[str, tuple[Any, Any]], checkpoint: str) -> None:
+    """Refuse to go on from a checkpoint whose best student was trained on other inputs, or selected otherwise.
+
+    Raises:
+        ConfigError: it was; all keys are listed.
+    """
+    fixed = {key: values for key, values in changed.items() if _is_fixed(key)}
+    if fixed:
+        lines = "".join(f"\n  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fixed.items())
         raise ConfigError(
-            f"run folder {settings.folder} was made with another config:{lines}\n"
-            "use another --run.name, remove the folder, or pass --allow-change to go on with the new values"
+            f"checkpoint {checkpoint} was trained on other inputs, or its best student selected otherwise:{lines}\n"
+            "put these back, or use another --run.name"
         )
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
 
 
 def _as_resolved(written: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class Job:
     """Of the training samples; hashed once, every checkpoint carries it."""
     data_digest: str
     """Of the manifest; so does it."""
+    maps: str = ""
+    """Sizes of the maps that the method compares, in words; empty where it compares none."""
     undo: Undo | None = None
     """Where the engine may leave an update out."""
     before_update: Callable[[], None] = lambda: None
@@ -232,7 +234,10 @@ def assemble(settings: Settings, world: World) -> Job:
         memory_bytes=_memory_of(device, world),
     )
     method = build(settings.method, setup)
+    maps = ""
     if settings.method.needs_maps and setup.teacher is not None:
+        sizes = [" x ".join(map(str, model.map_size)) for model in (method.student, setup.teacher)]
+        maps = f"student {sizes[0]}, teacher {sizes[1]}"
         _warn_of_scenes(dataset, method.student, setup.teacher, world)
     for part in (method.trainable, method.frozen, method.state):
         part.to(device)
@@ -255,6 +260,7 @@ def assemble(settings: Settings, world: World) -> Job:
         teacher=teacher,
         split_digest=trained_on,
         data_digest=data_digest,
+        maps=maps,
         undo=undo,
     )
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distkd.base import UNLABELLED
 from distkd.comm.world import broadcast_object
+from distkd.data.plan import Plan
 from distkd.errors import ConfigError, DataError, DiskError, Interrupted
 from distkd.files import read_json, write_json
 from distkd.metrics.jsonl import MetricsWriter
 from distkd.train import checkpoint
 from distkd.train.checkpoint import Best
-from distkd.train.folder import Events, environment, write_config, write_outcome
+from distkd.train.folder import Events, changes, check_selected, environment, write_config, write_outcome
 from distkd.train.job import Job
 from distkd.train.progress import Progress
 from distkd.train.saver import Fate, Saver
@@ -59,11 +61,13 @@ class Run:
         job, settings = self.job, self.job.settings
         self.attempt = self.events.attempt()
         self.token = broadcast_object(f"{time.time_ns():x}-{os.getpid()}", job.world)
+        changed: dict[str, tuple[Any, Any]] = {}
         found = checkpoint.find_latest(self.checkpoints, job.world)
         if found is not None:
             self._check_resumable(found)
             self.best = checkpoint.load(found, engine=job.engine, state=job.method.state, world=job.world)
             meta = checkpoint.read_meta(found)
+            changed = changes(meta["config"], settings)
             self.step = meta["step"]
             self.skipped, self.owes_validation = meta.get("skipped", 0), meta.get("owes_validation", False)
             self.carried = meta.get("carried", [])
@@ -78,6 +82,8 @@ class Run:
             self.writer.truncate_after(self.step)
             self.progress = Progress(settings.run.name, job.plan.n_steps, self.step, _plan_in_words(job))
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
+        if changed:
+            self.events.add("changed", step=self.step, keys=changed)
 
     def _make_saver(self) -> Saver:
         job, config = self.job, self.job.settings.run
@@ -131,6 +137,7 @@ class Run:
                 f"checkpoint {found.name} was trained on another shard set than {job.dataset.shard_set.place} is now: "
                 "labels, order or values may differ; put that one back, or use another --run.name"
             )
+        check_selected(changes(meta["config"], job.settings), found.name)
         if meta["teacher"] != (None if job.teacher is None else job.teacher.card["sha256"]):
             raise ConfigError(
                 f"checkpoint {found.name} was trained with another teacher than {job.settings.teacher.export} is now; "
@@ -193,12 +200,19 @@ def met_alone(error: BaseException, folder: Path) -> BaseException:
 
 def _plan_in_words(job: Job) -> str:
     """What is about to happen; a global batch that is too large for the data shows here."""
-    plan = job.plan
+    plan, balance = job.plan, job.settings.data.balance
+    known = int((job.dataset.train_label_N != UNLABELLED).sum())
+    samples = f"{plan.n_samples} training samples"
+    if 0 < known < plan.n_samples:
+        samples += f", {known} with a label"
+    if isinstance(plan, Plan) and balance == "oversample":
+        samples += f", oversampled to a list of {plan.n_entries}"
     rest = plan.n_samples - plan.steps_per_epoch * plan.global_batch
-    left = f", {rest} left out in each epoch" if rest and job.settings.data.balance == "none" else ""
+    left = f", {rest} left out in each epoch" if rest and balance == "none" else ""
+    maps = f"; maps: {job.maps}" if job.maps else ""
     return (
-        f"{plan.n_samples} training samples, {plan.steps_per_epoch} steps of {plan.global_batch} an epoch{left}; "
-        f"{job.settings.run.epochs} epochs, {job.world.size} x {job.device.type}"
+        f"{samples}, {plan.steps_per_epoch} steps of {plan.global_batch} an epoch{left}; "
+        f"{job.settings.run.epochs} epochs, {job.world.size} x {job.device.type}{maps}"
     )
 
 

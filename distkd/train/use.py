@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distkd.base import Batch, InputSpec, World
+from distkd.base import UNLABELLED, Batch, InputSpec, World
+from distkd.data.fitted import DegradedInput
 from distkd.data.manifest import MANIFEST, Split
 from distkd.data.shardset import ShardSet
 from distkd.data.transform import Preprocess
@@ -99,43 +102,81 @@ def predict_files(source: Path, inputs: Sequence[Path], output: Path) -> Path:
     Inputs are shard sets, or, for a student of one modality, image files, `.npy` arrays with one row per item, or
     `.csv` tables with a header of feature names and an optional first column `key`; an empty cell is a missing value.
 
+    Patient, group and label are those of a shard set's manifest; a label of a class that the student does not know is
+    left empty. The `predictions.csv` of an earlier call is gone if this one fails.
+
     Raises:
         DataError: an input that the student cannot take, and what it takes.
     """
+    made_csv = output / "predictions.csv"
+    if any(path.resolve() == made_csv.resolve() for path in inputs):
+        raise DataError(f"input {made_csv} would be overwritten; name another folder with --output")
+    with _writing(made_csv):
+        made_csv.unlink(missing_ok=True)
     export = load_export(find_export(source))
     model, preprocess = export.load(), export.preprocess
     origin: dict[str, Path] = {}
     rows: list[np.ndarray] = []
+    about: list[_About] = []
     for path in inputs:
-        for key, values in _items(path, export):
+        for key, values, known in _items(path, export):
             if key in origin:
                 raise DataError(f"two items have the key {key!r}: in {origin[key]} and in {path}; rename one")
             try:
                 made = {name: torch.as_tensor(array)[None] for name, array in preprocess.apply(values).items()}
             except DataError as error:
                 raise DataError(
-                    f"{path}, item {key!r}: {error}; prepare it as the items of the shard set were"
+                    f"{path}, item {key!r}: {error}{_or_coarse(values, preprocess)}; "
+                    "prepare it as the items of the shard set were"
                 ) from error
             log_p = model(_batch_of_one(made, export)).logits_BC.double().log_softmax(dim=-1)
             origin[key] = path
             rows.append(log_p.exp().numpy()[0])
+            about.append(known)
     if not rows:
         raise DataError(f"no item in {', '.join(map(str, inputs))}; give {_accepted(export)}")
     keys = list(origin)
     predictions = Predictions(
         key=keys,
-        patient=[""] * len(keys),
-        group=[None] * len(keys),
-        label_N=np.full(len(keys), -1, dtype=np.int64),
+        patient=[known.patient for known in about],
+        group=[known.group for known in about],
+        label_N=np.array([known.label for known in about], dtype=np.int64),
         probability_NC=np.stack(rows),
         class_names=export.class_names,
     )
-    path = output / "predictions.csv"
+    with _writing(made_csv):
+        write_predictions(made_csv, predictions)
+    return made_csv
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        write_predictions(path, predictions)
+        yield
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; name another folder with --output") from error
-    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What a shard set says of an item; files say nothing."""
+
+    patient: str = ""
+    group: str | None = None
+    label: int = UNLABELLED
+    """By the student's classes."""
+
+
+def _or_coarse(values: Mapping[str, np.ndarray], preprocess: Preprocess) -> str:
+    """The other size that a student of a degraded copy takes, for an image that has none of both."""
+    for name, fitted in preprocess.inputs.items():
+        raw = values.get(name, values.get(preprocess.source(name)))
+        if not isinstance(fitted, DegradedInput) or fitted.factor == 1 or raw is None:
+            continue
+        (height, width, channels), factor = fitted.image.shape, fitted.factor
+        if raw.shape[:2] != (height, width) and not (height % factor or width % factor):
+            return f" or, of an image scanned at the coarse resolution, {(height // factor, width // factor, channels)}"
+    return ""
 
 
 def _batch_of_one(made: dict[str, torch.Tensor], export: Export) -> Batch:
@@ -145,16 +186,21 @@ def _batch_of_one(made: dict[str, torch.Tensor], export: Export) -> Batch:
     return Batch(views=(views,), present=present, label_B=zero - 1, index_B=zero - 1, sample_B=zero, key_B=zero)
 
 
-def _items(path: Path, export: Export) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Key and raw values by modality of every item of an input."""
+def _items(path: Path, export: Export) -> Iterator[tuple[str, dict[str, np.ndarray], _About]]:
+    """Key, raw values by modality, and what is known of every item of an input."""
     modalities = list(export.config.modalities)
     if (path / MANIFEST).is_file():
         shards = ShardSet(path)
         stored = set(shards.manifest.modalities)
         # a coarse copy is made of the sharp image, unless the set has it as it was scanned
         names = [name if name in stored else export.preprocess.source(name) for name in modalities]
-        for sample, key in enumerate(shards.manifest.samples.key):
-            yield key, shards.read(sample, dict.fromkeys(names))
+        columns = shards.manifest.samples
+        numbers = {name: number for number, name in enumerate(export.class_names)}
+        label_of = {UNLABELLED: UNLABELLED}
+        label_of |= {i: numbers.get(name, UNLABELLED) for i, name in enumerate(shards.manifest.class_names)}
+        for sample, key in enumerate(columns.key):
+            known = _About(columns.patient[sample], columns.group[sample], label_of[columns.label[sample]])
+            yield key, shards.read(sample, dict.fromkeys(names)), known
         return
     if not path.is_file():
         raise DataError(f"input {path} is neither a file nor a shard set; give {_accepted(export)}")
@@ -163,13 +209,13 @@ def _items(path: Path, export: Export) -> Iterator[tuple[str, dict[str, np.ndarr
     name, spec = modalities[0], export.specs[modalities[0]]
     suffix = path.suffix.lower()
     if spec.kind == "image" and suffix in IMAGES:
-        yield path.stem, {name: _read_image(path, spec)}
+        yield path.stem, {name: _read_image(path, spec)}, _About()
     elif spec.kind == "vector" and suffix == ".csv":
         for key, row in _read_table(path, spec, export.preprocess, name):
-            yield key, {name: row}
+            yield key, {name: row}, _About()
     elif spec.kind == "vector" and suffix == ".npy":
         for number, row in enumerate(_read_array(path, spec, name)):
-            yield f"{path.stem}-{number}", {name: row.astype(np.float32)}
+            yield f"{path.stem}-{number}", {name: row.astype(np.float32)}, _About()
     else:
         raise DataError(f"the student cannot take {path}; give {_accepted(export)}")
 

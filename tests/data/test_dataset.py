@@ -210,6 +210,18 @@ def test_what_the_shard_set_does_not_have_is_refused(
         dataset(toy, modalities, **config)
 
 
+def test_a_copy_is_made_of_a_stored_image(toy: ShardSet):
+    def message(**of: str) -> str:
+        with pytest.raises((ConfigError, DataError)) as caught:
+            dataset(toy, ["dim"], degraded={name: {"of": stored, "factor": 2} for name, stored in of.items()})
+        return str(caught.value)
+
+    unknown = "data.degraded.dim.of: unknown modality"
+    assert message(dim="slid") == f"{unknown} 'slid'; did you mean 'slide'?; available: coarse, slide"
+    assert message(dim="dimmer", dimmer="slide") == f"{unknown} 'dimmer'; available: coarse, slide"
+    assert message(dim="gene") == "data.degraded.dim.of=gene is a vector, only an image has coarser copies"
+
+
 def test_no_modality_or_a_crop_of_an_unknown_one_is_refused(toy: ShardSet):
     with pytest.raises(ConfigError, match="no modality is asked for; name some of coarse, gene, slide"):
         Dataset(toy, DataConfig(), [], 0)

@@ -20,6 +20,7 @@ from distkd.methods import Setup
 from distkd.methods.at_plus import ATPlus, Config
 from distkd.models.build import Classifier, ModelConfig, build
 from distkd.models.trunk import ImageEncoder, Stage, Trunk
+from distkd.train.job import assemble
 from tests.golden_numbers import golden, tensor
 from tests.laws.common import equal_up_to, law_config, run_steps, settings_of
 from tests.methods.common import batch_of, gradients, make
@@ -141,7 +142,7 @@ def test_a_step_is_golden(config: dict[str, float], total: str):
 
 
 def test_the_bias_learns_nothing_from_attention():
-    (alone, both), batch = (of_the_card(alpha_at=alpha, alpha_fm=0) for alpha in (0.0, 10.0)), card_batch()
+    (alone, both), batch = (of_the_card(alpha_at=alpha, alpha_fm=0, alpha_kd=1) for alpha in (0.0, 10.0)), card_batch()
     for method in (alone, both):
         method.step(method.trainable, batch, World()).loss.backward()
     torch.testing.assert_close(both.student.classifier.bias.grad, alone.student.classifier.bias.grad, **EXACT)
@@ -225,10 +226,13 @@ KINDS = ("at+", "gradcam", "cat", "at")
 
 
 @pytest.mark.parametrize("level", [-1, -2])
-@pytest.mark.parametrize("classes", ["all", "target"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, classes", [*((kind, "all") for kind in KINDS), *((kind, "target") for kind in KINDS if kind != "at")]
+)
 def test_loss_and_all_gradients_are_those_of_the_slow_form(kind: str, classes: str, level: int):
-    method = at_plus(small(), side=7, attention=kind, classes=classes, level_attention=level, areas=3)
+    method = at_plus(
+        small(), side=7, attention=kind, classes=classes, level_attention=level, areas=3 if kind == "cat" else 2
+    )
     batch = pair(side=7, unlabelled=(1,))
     out = method.step(method.trainable, batch, World())
     out.loss.backward()
@@ -358,7 +362,7 @@ def test_what_cannot_be_compared_is_refused_with_what_can():
         "method 'at_plus' compares maps of one image, the student (coarse) hands out none or several; train it with a "
         "pooled head for one image alone, by model.encoders.coarse.head=pooled or vgg16"
     )
-    assert "none or several; train it with a pooled head for one image alone, by model.encoders.<image>" in message(
+    assert "the student (gene) hands out none or several; give it an image" in message(
         model={"modalities": ["gene"], "encoders": {}}
     )
     blind = small(encoders={"fine": {"name": "cnn", "widths": [4, 6]}})
@@ -379,6 +383,50 @@ def test_what_cannot_be_compared_is_refused_with_what_can():
         "method.level_attention=-2 differentiates the student twice, which its batch statistics do not allow; use "
         "vgg16, model.norm=group, or level_attention -1"
     )
+
+
+@pytest.mark.parametrize(
+    "side, teacher, level, who",
+    [
+        (4, pooled(4, 6), -1, "student (maps: student 1 x 1, teacher 3 x 3)"),
+        (2, pooled(4, 6), -2, "student (maps: student 1 x 1, teacher 6 x 6)"),
+        (12, pooled(4, 4, 4, 6), -1, "teacher (maps: student 3 x 3, teacher 1 x 1)"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_of_a_single_place_is_pointed_out(
+    caplog: pytest.LogCaptureFixture, side: int, teacher: dict[str, Any], level: int, who: str, kind: str
+):
+    sharp = small(encoders={"fine": teacher})
+    at_plus(sharp, side=side, attention=kind, level_attention=level)
+    name, sizes = who.split(" ", 1)
+    expected = (
+        f"the map of the {name} has a single place, in which there is nowhere to look {sizes}, and method.alpha_at "
+        "weighs the comparison all the same; a larger data.augment.crop, a smaller data.degraded factor or an "
+        "encoder with fewer strides leaves more places"
+    )
+    assert [record.getMessage() for record in caplog.records] == [expected]
+    caplog.clear()
+    at_plus(sharp, side=side, alpha_at=0)
+    assert not caplog.records
+
+
+def test_a_run_says_how_large_its_maps_are(shards: Path, root: Path):
+    for level, words in ((-1, "student 8 x 8, teacher 8 x 8"), (-2, "student 16 x 16, teacher 16 x 16")):
+        config = law_config("at_plus", shards, root, model={"norm": "group"})
+        config["method"]["level_attention"] = level
+        assert assemble(settings_of(config), World()).maps == words
+
+
+def test_looking_at_map_sizes_leaves_model_and_generator_as_they_were():
+    before = torch.get_rng_state()
+    method = at_plus(small(norm="sync"), model={"norm": "sync"}, side=7)
+    assert method.student.map_size == (2, 2)
+    assert method.student.training
+    assert torch.equal(torch.get_rng_state(), before)
+    fresh = at_plus(small(norm="sync"), model={"norm": "sync"}, side=7, alpha_at=0)  # nobody looked
+    expected = fresh.student.state_dict()
+    assert all(torch.equal(found, expected[name]) for name, found in method.student.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -449,6 +497,11 @@ def test_labels_may_be_missing_in_any_rank(ranks: Any, shards: Path, root: Path)
     "settings, words",
     [
         ({"attention": "at", "classes": "target"}, "classes=target has no meaning for attention=at"),
+        ({"temperature": 4}, "temperature is for soft labels, but alpha_kd is 0; leave it out or set alpha_kd"),
+        (
+            {"alpha_at": 0, "alpha_fm": 0},
+            "alpha_at, alpha_fm, alpha_kd and alpha_sr are all 0, so nothing is distilled; set one of them, or use",
+        ),
         ({"areas": 3}, r"areas is for attention=cat, not at\+; leave it out"),
     ],
 )

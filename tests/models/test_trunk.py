@@ -123,13 +123,63 @@ def test_weights_of_vgg16_are_read_without_the_classifier(tmp_path, imagenet, su
 
 def test_weights_of_another_network_are_refused(tmp_path, imagenet):
     path = _saved(ResNet18(3).state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(CheckpointError, match=r"resnet\.pth is not of a VGG16 with 3 input channels: .*Missing key"):
-        load_weights(VGG16(3), path, name="VGG16", without=("classifier.",))
+    with pytest.raises(CheckpointError, match=r"resnet\.pth is not of a VGG16 with 3 input channels") as caught:
+        load_weights(VGG16(3), path, name="VGG16", without=("classifier.",), key="model.encoders.tile.weights")
+    assert str(caught.value) == (
+        f"model.encoders.tile.weights: weights file {path} is not of a VGG16 with 3 input channels: it holds "
+        "conv1.weight, bn1.weight, bn1.bias and 97 more; missing: features.0.weight, features.0.bias, "
+        "features.2.weight and 23 more"
+    )
     whole = _saved(imagenet, tmp_path / "vgg.pth")
-    with pytest.raises(CheckpointError, match="is not of a VGG16 with 2 input channels"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"2 input channels: features\.0\.weight is of shape \(64, 3, 3, 3\), expected \(64, 2, 3, 3\)$",
+    ):
         load_weights(VGG16(2), whole, name="VGG16", without=("classifier.",))
-    with pytest.raises(CheckpointError, match="Unexpected key"):
+    with pytest.raises(CheckpointError, match=r"it also holds classifier\.0\.weight, .* and 3 more$"):
         load_weights(VGG16(3), whole, name="VGG16")
+
+
+def test_weights_that_were_saved_from_parallel_training_are_read(tmp_path, imagenet):
+    wrapped = _saved({f"module.{name}": tensor for name, tensor in imagenet.items()}, tmp_path / "ddp.pth")
+    trunk = VGG16(3)
+    load_weights(trunk, wrapped, name="VGG16", without=("classifier.",))
+    for name, tensor in trunk.state_dict().items():
+        assert torch.equal(tensor, imagenet[name]), name
+    some = _saved({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "some.pth")
+    with pytest.raises(CheckpointError, match=r"it holds module\.a, b; missing: features\.0\.weight"):
+        load_weights(VGG16(3), some, name="VGG16")
+
+
+def test_a_weights_file_that_is_none_is_named_with_its_key(tmp_path):
+    def message(path: Path) -> str:
+        encoder = EncoderConfig(name="vgg16", weights=path)
+        with pytest.raises(CheckpointError) as caught:
+            build(ModelConfig(modalities=["tile"], encoders={"tile": encoder}), SPECS, 3, seed=0)
+        return str(caught.value)
+
+    absent = tmp_path / "absent.pth"
+    assert message(absent) == (
+        f"model.encoders.tile.weights: weights file {absent} does not exist; make it as docs/models.md shows, or start "
+        "from random weights with --model.encoders.tile.weights null"
+    )
+    assert message(tmp_path) == (
+        f"model.encoders.tile.weights: weights file {tmp_path} is a folder; name the file in it"
+    )
+
+
+@pytest.mark.parametrize("level", [None, -2])
+def test_the_size_of_a_map_is_known_without_computing_it(level):
+    for trunk, shape in (
+        (VGG16(3), (3, 33, 48)),
+        (CNN(1, (4, 5), norm="sync"), (1, 7, 12)),
+        (ResNet18(3), (3, 40, 64)),
+    ):
+        trunk.inner = level
+        with torch.no_grad():
+            last, inner = trunk.eval()(torch.zeros(1, *shape))
+        assert trunk.train().map_size(shape) == tuple((last if inner is None else inner).shape[2:])
+        assert trunk.training
 
 
 def test_an_image_of_which_vgg16_leaves_nothing_is_refused():

@@ -41,6 +41,7 @@ def fake_run(
     message: str = "",
     teacher: Path | None = None,
     labelled: int | None = None,
+    degraded: dict[str, Any] | None = None,
     steps: int = 40,
     task: str = "glioma grading",
     shards: Path = Path("shards/glioma"),
@@ -49,7 +50,7 @@ def fake_run(
     folder.mkdir(parents=True)
     config = {
         "run": {"name": folder.name, "seed": seed, "root": str(folder.parent)},
-        "data": {"shards": str(shards), "fold": fold, "labelled": labelled},
+        "data": {"shards": str(shards), "fold": fold, "labelled": labelled, "degraded": degraded or {}},
         "model": {"modalities": list(modalities)},
         "method": {"name": method},
         "teacher": {"export": None if teacher is None else str(teacher / "export")},

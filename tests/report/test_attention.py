@@ -42,7 +42,7 @@ def words(axes: Axes) -> list[list[str]]:
     """What is written above the pictures and below them, from left to right; the two ends of the scale apart."""
     texts = sorted(axes.texts, key=lambda text: text.get_position()[0])
     above = [text.get_text().replace("\n", " ") for text in texts if text.get_position()[1] < 0]
-    below = [text.get_text() for text in texts if text.get_position()[1] > 1]
+    below = [text.get_text().replace("\n", " ") for text in texts if text.get_position()[1] > 1]
     return [above, below]
 
 
@@ -73,9 +73,9 @@ def test_a_row_is_a_sample_and_the_columns_are_roles_in_the_order_of_the_tables(
     ]
     above, below = words(drawn(panels[0]))
     assert above == ["input sharp 16 x 16 px", "teacher", "input coarse 4 x 4 px", "student alone", "logit KD"]
-    right = ["", "\N{CHECK MARK} II 0.50"]
+    right = ["", "\N{CHECK MARK} II 0.50 map 4 x 4"]
     assert below == [*right, *right, right[1]]
-    assert words(drawn(panels[1]))[1][1] == "\N{BALLOT X} IV 0.70"
+    assert words(drawn(panels[1]))[1][1] == "\N{BALLOT X} IV 0.70 map 4 x 4"
 
 
 def test_a_picture_is_the_input_or_the_map_of_the_labels_class_over_it(tmp_path):
@@ -144,7 +144,7 @@ def test_only_samples_that_all_have_are_shown(tmp_path):
     assert views.keys == ["k1", "k2"]
     # each role's own order
     [panel, _] = attention_panels(views)
-    assert words(drawn(panel))[1] == ["", "\N{BALLOT X} IV 0.70", "\N{CHECK MARK} IV 0.90"]
+    assert words(drawn(panel))[1] == ["", "\N{BALLOT X} IV 0.70 map 4 x 4", "\N{CHECK MARK} IV 0.90 map 4 x 4"]
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_the_page_has_the_section_and_stands_alone(tmp_path):
 def test_long_names_are_cut_to_the_width_of_a_picture(tmp_path):
     names = ["squamous_cell_carcinoma", "b", "c"]
     run = one(tmp_path / "a", "a_modality_with_a_name_that_does_not_end_soon", 4)
-    fake_maps(run, KEYS, class_names=names, modality="long " * 30)
+    fake_maps(run, KEYS, class_names=names, modality="long " * 60)
     above, below = words(drawn(attention_panels(views_of(tmp_path))[0]))
-    assert below[1] == "\N{CHECK MARK} squamous_cel... 0.50"
+    assert below[1] == "\N{CHECK MARK} squamous_ce... 0.50 map 4 x 4"
     assert above[0].startswith("input long long long")
     assert above[0].endswith("... 8 x 8 px")
 

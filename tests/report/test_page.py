@@ -1,21 +1,29 @@
 """The page: its numbers, its honesty, and that it needs nothing but itself."""
 
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from distkd.errors import DataError
 from distkd.report import make_report
+from distkd.report.attention import attention_panels, find_views
 from distkd.report.figures import confusion_panel
 from distkd.report.html import Safe, details, name_cell, table, tag
+from distkd.report.make import families
 from distkd.report.page import render_page
+from distkd.report.plots import png_figure, wrapped
 from distkd.report.provenance import f1_table
 from distkd.report.runs import find_runs, load_run
 from distkd.report.study import make_study
-from tests.report.fake import evaluation, fake_run, fake_study
+from tests.report.fake import edit_config, evaluation, fake_maps, fake_run, fake_study
 
 
 class Reader(HTMLParser):
@@ -137,7 +145,7 @@ def test_provenance_is_there(study):
     assert "neither the run folders nor a manifest within reach say" in page.text
     assert "name: dc_distill" in page.text
     assert '"world_size": 2' in page.text
-    assert [row[4] for row in page.rows if row[0] == "dc-stopped"] == ["interrupted step 40, attempt 1, SIGTERM <9>"]
+    assert [row[5] for row in page.rows if row[0] == "dc-stopped"] == ["interrupted step 40, attempt 1, SIGTERM <9>"]
 
 
 def test_the_page_needs_nothing_from_anywhere(study):
@@ -222,7 +230,116 @@ def test_a_metric_that_is_undefined_in_some_runs_says_how_many_it_counts(tmp_pat
     page = read(tmp_path)
     header = next(row for row in page.rows if "auc_macro" in row)
     assert page.row("student alone")[header.index("auc_macro")].endswith(", n = 2")
-    assert "Notes of the evaluation: class 'IV' is absent." in page.text
+    assert "Notes of the evaluation: class 'IV' is absent (student alone, 1 of 3 runs)." in page.text
+
+
+def test_a_note_names_its_roles_and_how_many_of_their_runs(tmp_path):
+    found = evaluation(0.8) | {"notes": ["class 'IV' is never predicted: its precision is undefined"]}
+    for seed in range(3):
+        fake_run(tmp_path / f"alone-{seed}", seed=seed, test=found if seed else evaluation(0.8))
+        fake_run(tmp_path / f"kd-{seed}", method="logit_kd", seed=seed, test=found if seed == 1 else evaluation(0.8))
+    assert (
+        "class 'IV' is never predicted: its precision is undefined (student alone, 2 of 3 runs; logit KD, 1 of 3 runs)"
+    ) in read(tmp_path).text
+
+
+def test_the_head_says_how_much_of_the_split_was_scored(tmp_path):
+    assert "1 experiment, test split" in read(fake_run(tmp_path / "a" / "r")).text
+    fake_run(tmp_path / "r0", test=evaluation(0.8, n=90))
+    assert "test split of 90 samples" in read(tmp_path / "r0").text
+    fake_run(tmp_path / "r1", fold=1, test=evaluation(0.8, level="patient"))
+    assert "test split of 100 patients" in read(tmp_path / "r1").text
+    fake_run(tmp_path / "b" / "r0", test=evaluation(0.8, n=90))
+    fake_run(tmp_path / "b" / "r1", fold=1, test=evaluation(0.8))
+    assert "test split of 90 to 100 samples" in read(tmp_path / "b").text
+
+
+COARSE = {"of": "patch", "factor": 4}
+
+
+@pytest.mark.parametrize("restore, protocol", [(True, "restored"), (False, "native")])
+def test_tables_say_what_a_coarse_input_is_and_how_many_labels_there_were(tmp_path, restore, protocol):
+    settings = {"modalities": ("coarse",), "degraded": {"coarse": COARSE | {"restore": restore}}, "labelled": 24}
+    fake_run(tmp_path / "alone", test=evaluation(0.8), **settings)
+    settings |= {"modalities": ("patch",), "labelled": None}
+    fake_run(tmp_path / "sharp", method="logit_kd", test=evaluation(0.8), **settings)
+    page = read(tmp_path)
+    assert page.row("student alone")[0] == f"student alone coarse (patch / 4, {protocol}) 24 labels n = 1 seed"
+    assert page.row("logit KD")[0] == "logit KD patch n = 1 seed"
+    assert page.row("labels in training")[1] == "all labels; 24 labels"
+    assert [row[1:3] for row in page.rows if row[:1] == ["alone"]][-1] == ["student alone", "24"]
+
+
+def test_without_a_fair_comparison_it_is_said_what_differs(tmp_path):
+    native, reference = ({"coarse": COARSE | {"restore": restore}} for restore in (False, True))
+    common = {"modalities": ("coarse",), "test": evaluation(0.8)}
+    fake_run(tmp_path / "alone", degraded=reference, **common)
+    fake_run(tmp_path / "kd", method="logit_kd", degraded=native, **common)
+    fake_run(tmp_path / "few", method="at_plus", degraded=reference, labelled=24, **common)
+    text = read(tmp_path).text
+    want = ": no student alone with the same data, labels and inputs to compare with"
+    assert f"logit KD {want} inputs of student alone: coarse (patch / 4, restored)" in text
+    assert f"at_plus {want} labels of student alone: all labels" in text
+
+
+def both_protocols(root: Path) -> Path:
+    """Runs whose names are long: a protocol, and a setting of the method with a long value."""
+    for restore in (False, True):
+        settings = {"modalities": ("coarse",), "degraded": {"coarse": COARSE | {"restore": restore}}, "steps": 10}
+        runs = [fake_run(root / f"alone-{restore}", test=evaluation(0.8), **settings)]
+        for value in ("a_long_value_of_a_setting", "another"):
+            run = fake_run(root / f"at-{restore}-{value}", method="at_plus", test=evaluation(0.9), **settings)
+            edit_config(run, "method", "attention_of_the_teacher", value)
+            runs.append(run)
+        for run in runs:
+            fake_maps(run, ["k0", "k1"], modality="coarse", side=16 if restore else 4)
+    return root
+
+
+@pytest.mark.parametrize("family, columns", [("confusion", 2), ("comparison", 2), ("loss", 3), ("attention", 1)])
+def test_no_word_of_a_picture_is_cut_or_written_over_another(tmp_path, monkeypatch, family, columns):
+    runs = [load_run(run, "test") for run in find_runs([both_protocols(tmp_path)])]
+    study = make_study(runs, "test", None)
+    panels = (families(study) | {"attention": attention_panels(find_views(study))})[family]
+    legend = [(role.title, style) for role, style in study.roles] if family in ("comparison", "loss") else []
+    boxes: dict[Text, Bbox] = {}
+    draw = Text.draw
+
+    def noted(text: Text, renderer: RendererBase) -> None:
+        draw(text, renderer)
+        if text.get_text().strip():
+            boxes[text] = text.get_window_extent(renderer)
+
+    with png_figure(panels, legend, columns) as figure:
+        monkeypatch.setattr(Text, "draw", noted)
+        FigureCanvasAgg(figure).draw()
+        for text, box in boxes.items():
+            assert min(box.x0, box.y0) >= -1, text.get_text()
+            assert max(box.x1 - figure.bbox.x1, box.y1 - figure.bbox.y1) <= 1, text.get_text()
+    for (first, one), (second, other) in itertools.combinations(boxes.items(), 2):
+        overlap = Bbox.intersection(one, other)
+        assert overlap is None or min(overlap.size) < 2, (first.get_text(), second.get_text())
+    assert len(boxes) > 10
+    said = {"".join(text.get_text().split()) for text in boxes}
+    titles = {role.title for role, _ in study.roles}
+    assert titles == {"student alone (native)", "student alone (reference)"} | {
+        f"at_plus ({protocol}, attention_of_the_teacher={value})"
+        for protocol in ("native", "reference")
+        for value in ("a_long_value_of_a_setting", "another")
+    }
+    assert {"".join(title.split()) for title in titles} <= said
+
+
+def test_words_are_broken_between_words_then_at_dots_and_last_between_letters():
+    assert wrapped("student alone (native)", 9.0, size=8) == ["student alone (native)"]
+    assert wrapped("student alone (native)", 1.0, size=8) == ["student alone", "(native)"]
+    assert wrapped("at_plus (data.degraded.coarse.restore=True)", 1.3, size=8) == [
+        "at_plus",
+        "(data.degraded.",
+        "coarse.restore=True)",
+    ]
+    assert "".join(wrapped("m" * 40, 1.0, size=8)) == "m" * 40
+    assert wrapped("", 1.0, size=8) == [""]
 
 
 def test_another_baseline_can_be_asked_for(tmp_path):
@@ -279,6 +396,7 @@ def test_a_confusion_matrix_says_share_and_number_of_every_cell(tmp_path):
     fake_run(tmp_path / "r", steps=0, test=evaluation(0.9, n=40, class_names=["NC", "G3", "G4", "G5"]))
     [axes] = read_figure(tmp_path).axes
     cells = {text.get_position(): text.get_text() for text in axes.texts}
-    assert cells == {(k, k): "90 %\n9" for k in range(4)} | {((k + 1) % 4, k): "10 %\n1" for k in range(4)}
+    full = {(k, k): "90 %\n9" for k in range(4)} | {((k + 1) % 4, k): "10 %\n1" for k in range(4)}
+    assert cells == {(column, row): "0" for column in range(4) for row in range(4)} | full
     assert [label.get_text() for label in axes.get_xticklabels()] == ["NC", "G3", "G4", "G5"]
     assert [axes.get_xlabel(), axes.get_ylabel()] == ["predicted", "label"]

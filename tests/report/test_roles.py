@@ -83,6 +83,30 @@ def test_variants_are_called_by_their_inputs_where_these_tell_them_apart(tmp_pat
     assert any("sees 8x" in title and "run.epochs=20" in title for title in titles(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "copies, names",
+    [
+        ([(4, True), (4, False)], ["reference", "native"]),
+        ([(2, True), (4, True)], ["factor 2", "factor 4"]),
+        ([(2, True), (4, True), (4, False)], ["factor 2, reference", "factor 4, reference", "factor 4, native"]),
+    ],
+)
+def test_variants_of_a_coarse_copy_are_called_by_factor_and_protocol(tmp_path, copies, names):
+    for (factor, restore), name in zip(copies, names, strict=True):
+        copy = {"coarse": {"of": "patch", "factor": factor, "restore": restore}}
+        fake_run(tmp_path / name, modalities=("coarse",), degraded=copy)
+        fake_run(tmp_path / f"sharp {name}", method="logit_kd", modalities=("patch",), degraded=copy)
+    of_alone = [f"student alone ({name})" for name in names]
+    of_sharp = [f"logit KD ({', '.join(f'coarse {word}' for word in name.split(', '))})" for name in names]
+    assert sorted(titles(tmp_path)) == sorted(of_alone + of_sharp)
+
+
+def test_a_coarse_and_a_sharp_input_are_told_apart_by_their_names(tmp_path):
+    fake_run(tmp_path / "sharp", modalities=("patch",))
+    fake_run(tmp_path / "coarse", modalities=("coarse",), degraded={"coarse": {"of": "patch", "factor": 4}})
+    assert sorted(titles(tmp_path)) == ["student alone (sees coarse)", "student alone (sees patch)"]
+
+
 def test_a_copied_run_does_not_count_twice(tmp_path):
     fake_run(tmp_path / "a", test=evaluation(0.8))
     fake_run(tmp_path / "b", test=evaluation(0.8))

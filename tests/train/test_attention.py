@@ -74,18 +74,24 @@ def test_every_run_shows_the_same_two_samples_of_each_class(runs: Path, split: s
         assert other.label_N.tolist() == first.label_N.tolist()
 
 
-def test_samples_are_the_first_of_their_class_by_a_hash_of_their_key(runs: Path, small: Small):
+def test_samples_are_the_first_of_two_patients_of_their_class_by_a_hash_of_their_key(runs: Path, small: Small):
     dataset = assemble(settings_of(config_of(small, runs, "sharp")), World()).dataset
     about = [dataset.describe(sample) for sample in dataset.split_samples("test").tolist()]
     expected: list[str] = []
     for label in (0, 1):
-        expected += sorted((item["key"] for item in about if item["label"] == label), key=text_key)[:2]
+        drawn = sorted((item for item in about if item["label"] == label), key=lambda item: text_key(item["key"]))
+        other = next(item for item in drawn if item["patient"] != drawn[0]["patient"])
+        expected += [drawn[0]["key"], other["key"]]
     assert read_attention(maps_file(runs / "sharp")).key == expected
 
 
-def stub(labels: list[int], order: list[int]) -> Any:
-    """The part of a data set that choosing reads; sample n of `order` has the key and the label of that number."""
-    columns = SimpleNamespace(key=[f"k{n}" for n in order], label=[labels[n] for n in order])
+def stub(labels: list[int], order: list[int], patients: int = 1000) -> Any:
+    """The part of a data set that choosing reads; sample n of `order` has the key, label and patient of that number."""
+    columns = SimpleNamespace(
+        key=[f"k{n}" for n in order],
+        label=[labels[n] for n in order],
+        patient=[f"p{n % patients}" for n in order],
+    )
     manifest = SimpleNamespace(samples=columns)
     return SimpleNamespace(
         shard_set=SimpleNamespace(manifest=manifest), split_samples=lambda split: np.arange(len(order))
@@ -103,6 +109,21 @@ def test_choice_follows_keys_and_labels_and_ends_at_twelve(n_classes: int, per_c
     shuffled = np.random.default_rng(0).permutation(order).tolist()
     other = stub(labels, shuffled)
     assert [other.shard_set.manifest.samples.key[n] for n in choose_samples(other, "test")] == chosen
+
+
+def test_two_samples_of_a_class_are_of_one_patient_only_where_it_has_no_other():
+    labels, order = [n % 2 for n in range(40)], list(range(40))
+    for patients, distinct in ((6, 3), (2, 1), (40, 3)):  # of n numbers half the patients have an even one
+        dataset = stub(labels, order, patients)
+        columns = dataset.shard_set.manifest.samples
+        chosen = choose_samples(dataset, "test", per_class=3)
+        assert [columns.label[n] for n in chosen] == [0, 0, 0, 1, 1, 1]
+        for of_class in (chosen[:3], chosen[3:]):
+            assert len({columns.patient[n] for n in of_class}) == distinct
+        other = stub(labels, order[::-1], patients)
+        assert [other.shard_set.manifest.samples.key[n] for n in choose_samples(other, "test", 3)] == [
+            columns.key[n] for n in chosen
+        ]
 
 
 def slow_maps(map_KHW: Tensor, weight_CK: Tensor) -> np.ndarray:

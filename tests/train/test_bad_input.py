@@ -20,6 +20,7 @@ from distkd.cli import DONE, USER, main
 from distkd.config import load
 from distkd.data.manifest import Manifest
 from distkd.errors import ConfigError, DistkdError
+from distkd.metrics.jsonl import read_jsonl
 from distkd.train.loop import train
 from tests.laws.common import settings_of
 from tests.small import Small
@@ -456,6 +457,42 @@ def test_a_change_may_be_allowed(place: Place):
     outcome = place.outcome("alone")
     assert (outcome["state"], outcome["step"], outcome["attempt"]) == ("done", 9, 2)
     assert load(place.runs / "alone" / "config.yaml").optim.lr == 0.1
+    events = read_jsonl(place.runs / "alone" / "events" / "rank-00000.jsonl")
+    [changed] = [event for event in events if event["event"] == "changed"]
+    assert changed["step"] == 6
+    assert changed["keys"] == {"optim.lr": [0.0005, 0.1], "run.epochs": [2, 3]}
+
+
+def _dim(factor: int, **data: Any) -> dict[str, Any]:
+    """A student of a coarse copy of the slide."""
+    encoders = {"dim": {"name": "cnn", "widths": [4]}}
+    return {
+        "model": {"modalities": ["dim"], "encoders": encoders},
+        "data": {"degraded": {"dim": {"of": "slide", "factor": factor}}, **data},
+    }
+
+
+def test_no_change_of_inputs_or_of_the_selection_is_allowed(place: Place):
+    """The best student of before would be exported as one of the new inputs."""
+    assert main(["train", str(place.write("picture", **_dim(2)))]) == DONE
+    other = _dim(1, image_mean=[0.25]) | {"eval": {"metric": "accuracy"}}
+    changed = [
+        "  data.degraded.dim.factor: 2 in the {0}, 1 now",
+        "  data.image_mean: [0.5] in the {0}, [0.25] now",
+        "  eval.metric: 'auc_macro' in the {0}, 'accuracy' now",
+    ]
+    message = place.refused("picture", "--allow-change", **other, optim={"lr": 0.1})
+    assert message.splitlines() == [
+        "checkpoint step-00000006 was trained on other inputs, or its best student selected otherwise:",
+        *[line.format("checkpoint") for line in changed],
+        "put these back, or use another --run.name",
+    ]
+    message = place.refused("picture", **other)  # and it is not offered
+    assert message.splitlines() == [
+        f"run folder {place.runs / 'picture'} was made with another config:",
+        *[line.format("folder") for line in changed],
+        "use another --run.name, or remove the folder",
+    ]
 
 
 def test_an_allowed_change_must_fit_the_checkpoint(place: Place):

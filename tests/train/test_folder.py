@@ -25,9 +25,10 @@ from distkd.methods import dc_distill
 from distkd.metrics.jsonl import read_jsonl
 from distkd.train import loop, progress
 from distkd.train.checkpoint import find_latest
-from distkd.train.folder import FREE, Events, environment, flatten, read_outcome, write_outcome
-from distkd.train.job import Job
+from distkd.train.folder import FIXED, FREE, Events, environment, flatten, read_outcome, write_outcome
+from distkd.train.job import Job, assemble
 from distkd.train.progress import Progress
+from distkd.train.run import Run
 from distkd.train.settings import Settings
 from distkd.train.signals import StopFlag
 from tests.small import Small
@@ -100,6 +101,12 @@ def test_free_keys_exist(small: Small):
     """A key that is renamed must not stay free by its old name."""
     keys = flatten(small.settings("student").model_dump(mode="json")).keys()
     assert keys | flatten({"method": dc_distill.Config().model_dump(mode="json")}).keys() >= FREE
+
+
+def test_fixed_keys_exist(small: Small):
+    keys = flatten(small.settings("student").model_dump(mode="json")).keys()
+    assert keys >= set(FIXED)
+    assert not FREE & set(FIXED)
 
 
 def test_flatten_keeps_empty_sections():
@@ -175,6 +182,28 @@ def test_a_log_file_gets_a_line_now_and_then(clock: list[float], capsys: pytest.
     assert lines[-2] == "run[a]  step 100/100  loss 0.5000  val auc_macro 0.7500"
     assert lines[-1] == "run[a]  test: accuracy 0.5000  kappa_quadratic 0.1250"
     assert len(lines) == 11
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ({}, "28 training samples, 3 steps of 8 an epoch, 4 left out in each epoch; 2 epochs, 1 x cpu"),
+        ({"labelled": 6}, "28 training samples, 6 with a label, 3 steps of 8 an epoch, 4 left out in each epoch;"),
+        ({"balance": "weighted"}, "28 training samples, 3 steps of 8 an epoch; 2"),
+        (
+            {"balance": "oversample", "labelled": 5},
+            "28 training samples, 5 with a label, oversampled to a list of 30, 3",
+        ),
+    ],
+)
+def test_a_run_says_what_it_is_about_to_do(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, Any], words: str
+):
+    settings = small.settings("picture", run={"root": str(tmp_path)}, data=data)
+    run = Run(assemble(settings, World()), Events(settings.folder, World()))
+    run.open()
+    run.close(None)
+    assert capsys.readouterr().err.startswith(f"picture  {words}")
 
 
 def test_a_resumed_run_says_where_it_goes_on(capsys: pytest.CaptureFixture[str]):

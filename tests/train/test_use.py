@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distkd.base import World
 from distkd.cli import DONE, USER, main
 from distkd.metrics import Predictions, read_predictions
+from distkd.train.loop import train
 from tests.data.toy import toy_arrays
+from tests.laws.common import settings_of
 from tests.small import METHODS, Small
 
 Capture = pytest.CaptureFixture[str]
@@ -357,6 +360,64 @@ def test_the_output_must_be_a_folder(small: Small, tmp_path: Path, capsys: Captu
     arguments = [str(small.root / "alone"), str(tmp_path / "t.csv"), "--output", str(tmp_path / "file")]
     assert main(["predict", *arguments]) == USER
     assert f"cannot write {tmp_path / 'file' / 'predictions.csv'}: " in capsys.readouterr().err
+
+
+def test_a_shard_set_brings_patient_group_and_label(small: Small, tmp_path: Path):
+    found = predict(small.root / "alone", tmp_path, small.shards)
+    samples = json.loads((small.shards / "manifest.json").read_text())["samples"]
+    known = {key: n for n, key in enumerate(samples["key"])}
+    rows = [known[key] for key in found.key]
+    assert found.patient == [samples["patient"][n] for n in rows]
+    assert found.group == [samples["group"][n] for n in rows]
+    assert found.label_N.tolist() == [samples["label"][n] for n in rows]
+    assert len({*found.patient}) > 1
+
+
+def test_labels_go_by_the_names_of_classes_that_the_student_knows(small: Small, tmp_path: Path):
+    content = json.loads((small.shards / "manifest.json").read_text())
+    shards = tmp_path / "shards"
+    shutil.copytree(small.shards, shards)
+    content["class_names"] = ["high", "huge"]
+    (shards / "manifest.json").write_text(json.dumps(content))
+    found = predict(small.root / "alone", tmp_path / "out", shards)
+    label = dict(zip(content["samples"]["key"], content["samples"]["label"], strict=True))
+    assert found.label_N.tolist() == [{0: 1, 1: -1, -1: -1}[label[key]] for key in found.key]
+
+
+def test_what_an_earlier_call_left_does_not_stay_when_one_fails(small: Small, tmp_path: Path, capsys: Capture):
+    (tmp_path / "t.csv").write_text("a,b,c,d,e\n1,2,3,4,5\n")
+    (tmp_path / "bad.csv").write_text("a,b,c,d,e\n1,2,x,4,5\n")
+    for source, table in ((small.root / "alone", "bad.csv"), (tmp_path, "t.csv")):
+        predict(small.root / "alone", tmp_path / "out", tmp_path / "t.csv")
+        assert main(["predict", str(source), str(tmp_path / table), "--output", str(tmp_path / "out")]) == USER
+        assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_an_input_is_not_written_over(small: Small, tmp_path: Path, capsys: Capture):
+    path = tmp_path / "predictions.csv"
+    path.write_text("a,b,c,d,e\n1,2,3,4,5\n")
+    assert main(["predict", str(small.root / "alone"), str(path), "--output", str(tmp_path)]) == USER
+    assert f"input {path} would be overwritten; name another folder with --output" in capsys.readouterr().err
+    assert path.read_text().startswith("a,b")
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_student_of_a_coarse_copy_names_both_sizes_that_it_takes(
+    small: Small, tmp_path: Path, capsys: Capture, restore: bool
+):
+    copy = {"degraded": {"halved": {"of": "slide", "factor": 2, "restore": restore}}}
+    model = {"modalities": ["halved"], "encoders": {"halved": {"name": "cnn", "widths": [4]}}}
+    run = {"root": str(tmp_path), "name": "halved", "epochs": 1}
+    train(settings_of(small.config("picture", model=model, data=copy, run=run)), World())
+    for size in ((12, 10), (6, 5)):
+        Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)).save(tmp_path / f"{size[0]}.png")
+    assert len(predict(tmp_path / "halved", tmp_path, tmp_path / "12.png", tmp_path / "6.png")) == 2
+    Image.fromarray(np.zeros((7, 7, 3), dtype=np.uint8)).save(tmp_path / "odd.png")
+    assert main(["predict", str(tmp_path / "halved"), str(tmp_path / "odd.png"), "--output", str(tmp_path)]) == USER
+    assert (
+        "expected an image of shape (12, 10, 3) (height, width, channels) or, of an image scanned at the coarse "
+        "resolution, (6, 5, 3); prepare it as"
+    ) in capsys.readouterr().err
 
 
 def test_the_source_must_be_a_run_or_an_export(tmp_path: Path, capsys: Capture):

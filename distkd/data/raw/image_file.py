@@ -27,8 +27,8 @@ def read_square(path: Path, modality: Modality) -> np.ndarray | Encoded:
         with Image.open(path) as image:
             if image.size != (side, side):
                 raise DataError(
-                    f"{str(path)!r} is {image.width} x {image.height} px, expected {side} x {side}; leave this image out, "
-                    "or name with --size the side that all images have"
+                    f"{str(path)!r} is {image.width} x {image.height} px, expected {side} x {side}; leave this image "
+                    "out, or name with --size the side that all images have"
                 )
             if image.mode == "RGB" and image.format == _FORMATS[modality.codec]:
                 return Encoded(path.read_bytes())
