@@ -54,7 +54,8 @@ def _pairs() -> list[tuple[str, str]]:
     both = ("dc_distill", "dc_teacher")
     others = [name for name in methods.available() if name not in both]
     pairs = [(name, engine) for name in both for engine in ("zero-3", "fsdp")]
-    return pairs + [(name, ("fsdp", "zero-3")[number % 2]) for number, name in enumerate(others)]
+    turns = {name: ("fsdp", "zero-3")[number % 2] for number, name in enumerate(others)}
+    return pairs + [*(turns | {"crd": "fsdp"}).items()]
 
 
 @pytest.mark.parametrize(("method", "engine"), _pairs())

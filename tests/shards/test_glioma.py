@@ -283,7 +283,7 @@ def no_split_columns(raw: Path) -> None:
             drop_region,
             r"raw data .* has no folder 'all_st'; name with --raw the folder of PathomicFusion's glioma data",
         ),
-        (small_region, r"_1\.png' is 20 x 24 px, expected 24 x 24; leave it out, or name the side .* with --size"),
+        (small_region, r"_1\.png' is 20 x 24 px, expected 24 x 24; leave this image out, or name with --size the side"),
         (cut_region, r"'path' of sample 'TCGA-00-0000-.*_1' is not a readable image .*; mend the raw file"),
         (no_image, r"cannot read the image '.*_1\.png': .*; copy it again"),
         (twice, r"all_st/ has '.*_1\.jpg' and '.*_1\.png', expected one file of a name; remove one"),

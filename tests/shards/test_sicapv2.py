@@ -226,7 +226,7 @@ def no_image(raw: Path) -> None:
         (no_images, "has no folder 'images'; name with --raw the folder of SICAPv2"),
         (
             small_image,
-            r"_yini_59786\.jpg' is 8 x 8 px, expected 16 x 16; leave it out, or name the side .* with --size",
+            r"_yini_59786\.jpg' is 8 x 8 px, expected 16 x 16; leave this image out, or name with --size the side",
         ),
         (cut_image, r"'patch' of sample '.*_yini_59786' is not a readable image .*truncated.*; mend the raw file"),
         (no_image, r"cannot read the image '.*_yini_59786\.jpg': .*; copy it again"),
