@@ -151,15 +151,22 @@ class Classifier(nn.Module):
         return branch
 
     @property
-    def mapped(self) -> Branch | None:
-        """The one branch that hands out a map, None where none or several do."""
-        found = [branch for name in self.modalities if (branch := self.branch(name)).trunk is not None]
+    def mapped_modality(self) -> str | None:
+        """The one image whose branch hands out a map, None where none or several do."""
+        found = [name for name in self.modalities if self.branch(name).trunk is not None]
         return found[0] if len(found) == 1 else None
+
+    @property
+    def mapped(self) -> Branch | None:
+        """The branch of `mapped_modality`."""
+        name = self.mapped_modality
+        return None if name is None else self.branch(name)
 
     @property
     def map_size(self) -> tuple[int, int]:
         """Places of the map that `mapped` hands out, an earlier stage's where its trunk was asked for one."""
-        name = next(name for name in self.modalities if self.branch(name) is self.mapped)
+        name = self.mapped_modality
+        assert name is not None
         trunk = self.branch(name).trunk
         assert trunk is not None
         return trunk.map_size(self.specs[name].shape)

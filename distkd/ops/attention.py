@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distkd.errors import ShapeError
+from distkd.ops.rows import slices
 
 __all__ = [
     "attention_energy",
@@ -92,9 +93,8 @@ def _parts(map_BKN: Tensor) -> Iterator[tuple[slice, Tensor]]:
     n = len(map_BKN)
     step = max(1, n * _PART_BYTES // map_BKN.nbytes) if map_BKN.device.type == "cpu" else n
     room = torch.empty_like(map_BKN[:step])
-    for first in range(0, n, step):
-        at = slice(first, min(first + step, n))
-        yield at, room[: at.stop - first]
+    for at in slices(n, step):
+        yield at, room[: at.stop - at.start]
 
 
 def class_maps(map_BKHW: Tensor, weight: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def write_attention(
 def _content(
     model: Classifier, dataset: Dataset, split: Split, device: torch.device, dtype: torch.dtype, per_class: int
 ) -> bytes | None:
-    name = _mapped_image(model)
+    name = model.mapped_modality
     was_training = model.training
     model.eval()
     samples = [] if name is None else choose_samples(dataset, split, per_class)
@@ -111,13 +111,6 @@ def _content(
     file = io.BytesIO()
     np.savez_compressed(file, **about, **content)
     return file.getvalue()
-
-
-def _mapped_image(model: Classifier) -> str | None:
-    """The image whose branch hands out a map."""
-    mapped = model.mapped
-    names = [name for name in model.modalities if mapped is not None and model.branch(name) is mapped]
-    return next((name for name in names if model.specs[name].kind == "image"), None)
 
 
 def _show(

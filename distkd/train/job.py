@@ -179,7 +179,7 @@ def _check_teacher_data(teacher: Export, dataset: Dataset, trained_on: str) -> N
 
 def _warn_of_scenes(dataset: Dataset, student: Classifier, teacher: Classifier, world: World) -> None:
     """Places of two pictures can be compared if both show one scene; a shard set does not tell."""
-    names = [next((n for n in m.modalities if m.branch(n) is m.mapped), None) for m in (student, teacher)]
+    names = [model.mapped_modality for model in (student, teacher)]
     sources = {dataset.preprocess.source(name) for name in names if name is not None}
     if world.is_main and len(sources) > 1:
         log.warning(
