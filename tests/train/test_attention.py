@@ -302,3 +302,26 @@ def test_a_full_disk_costs_the_pictures_and_not_the_run(
     monkeypatch.setattr("distkd.train.attention.write_bytes", full)
     write_attention(tmp_path, job.method.student, job.dataset, "test", device=job.device, dtype=job.dtype)
     assert "No space left on device; the report will lack this run's maps" in caplog.text
+
+
+@pytest.mark.parametrize("made_of_it", [True, False])
+def test_maps_of_two_stored_images_are_pointed_out(
+    small: Small, runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, made_of_it: bool
+):
+    """Whether both show one scene is not in a shard set; of a coarse copy it is known."""
+    config = config_of(
+        small,
+        tmp_path,
+        "student",
+        modalities=["halved" if made_of_it else "coarse"],
+        method={"name": "at_plus"},
+        teacher={"export": str(runs / "sharp")},
+        data={"degraded": {"halved": {"of": "slide", "factor": 2, "restore": False}}},
+    )
+    assemble(settings_of(config), World())
+    told = [record.getMessage() for record in caplog.records if "stored apart" in record.getMessage()]
+    words = (
+        "the student's map is of coarse and the teacher's of slide, which are stored apart: they must show the same "
+        "scene, place by place; a coarse copy of one image is made by data.degraded"
+    )
+    assert told == ([] if made_of_it else [words])
