@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 ARGS ?=
+# processes that share out the tests; many of them wait for others more than they compute
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 FAULT_SEED ?= $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
 # ranks share the cores: one thread each
 export OMP_NUM_THREADS ?= 1
@@ -23,8 +25,8 @@ venv: $(STAMP)  ## make .venv/ with everything that is needed
 demo: $(STAMP)  ## shards, teacher, students and report on the embedded data: 2 CPU ranks, minutes
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) launch/demo.sh
 
-test: $(STAMP)  ## all tests; ARGS='-k bank -x' are passed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## all tests; ARGS='-k bank -x' are passed to pytest, WORKERS=0 runs one after the other
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 faults: $(STAMP)  ## 50 kills and more at random moments, some 15 minutes; FAULT_SEED=N takes the same moments again
 	FAULTS=full FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults -s $(ARGS)

@@ -8,7 +8,6 @@ Nothing here computes; the layers above decide what to do with these values.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -16,6 +15,8 @@ from typing import Literal, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from distkd.world import World
 
 __all__ = [
     "UNLABELLED",
@@ -38,31 +39,6 @@ class StrictConfig(BaseModel):
     """A frozen section of the config: unknown keys, wrong types and out-of-range values are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """Which process this is among how many; passed in, never asked for globally."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    """Processes on this machine."""
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """The layout that torchrun (or srun with the same variables) set, one process where nothing is set."""
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
 
 
 @dataclass(frozen=True, slots=True)

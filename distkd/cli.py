@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from distkd import __version__
-from distkd.base import World
 from distkd.errors import ConfigError, DiskError, DistkdError, DivergedError, Interrupted, LostRankError
+from distkd.world import World
 
 if TYPE_CHECKING:
     from distkd.data.shardset import ShardSet
@@ -137,9 +137,29 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--folds", type=_numbers, help="repeat for these folds, for example 0-14 or 0,3,7")
     train.add_argument("--seeds", type=_numbers, help="repeat for these seeds, for example 0-4")
     train.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
+    train.add_argument("--stage-in", action="store_true", help="only copy to data.scratch, once a machine before a job")
     train.epilog = (
         "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs."
     )
+
+    submit = _command(commands, "submit", _submit, "train by SLURM jobs: teachers first, then students, then a report")
+    submit.add_argument("config", nargs="+", type=Path, help="YAML files, for example a teacher's and a student's")
+    submit.add_argument("--folds", type=_numbers, help="an array job over these folds, for example 0-14 or 0,3,7")
+    submit.add_argument("--seeds", type=_numbers, help="an array job over these seeds, for example 0-4")
+    submit.add_argument("--nodes", type=_positive, metavar="N", help="nodes of each job (default: 1)")
+    submit.add_argument("--ranks-per-node", type=_positive, metavar="N", help="default: one per GPU, without GPUs 1")
+    submit.add_argument("--time", metavar="LIMIT", help="time limit of each job, for example 4:00:00")
+    submit.add_argument(
+        "--lead", type=_positive, default=120, metavar="SECONDS", help="save so long before the limit (default: 120)"
+    )
+    submit.add_argument("--together", action="store_true", help="all stages in one job (or task) instead of one each")
+    submit.add_argument("--elastic", type=_positive, metavar="MIN", help="go on after a loss while MIN nodes are left")
+    submit.add_argument("--throttle", type=_positive, metavar="N", help="at most N tasks of an array at once")
+    submit.add_argument("--site", type=Path, metavar="FILE", help="settings of the cluster (default: slurm/site.env)")
+    submit.add_argument("--no-report", action="store_true", help="no job for the report at the end")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands and submit nothing")
+    submit.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
+    submit.epilog = "Runs that are done are left out. Any config value can be given as --section.field VALUE."
 
     evaluate = _command(commands, "eval", _eval, "metrics and predictions of a run's student")
     evaluate.add_argument("run", type=Path, help="run folder")
@@ -165,9 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--split", default="test", help="split of the table")
     report.add_argument("--baseline", metavar="METHOD", help="method to compare with instead of the student alone")
 
-    shards = _command(commands, "shards", _shards, "look at a shard set, or check every byte of it")
-    shards.add_argument("action", choices=("info", "verify", "show"), help="numbers, checksums, or a picture")
+    shards = _command(commands, "shards", _shards, "look at a shard set, check every byte of it, or copy it")
+    shards.add_argument(
+        "action", choices=("info", "verify", "show", "copy"), help="numbers, checksums, a picture, a copy"
+    )
     shards.add_argument("folder", help="shard set, with its manifest.json; info and show: or its URL")
+    shards.add_argument("--to", type=Path, metavar="FOLDER", help="copy: folder on this machine's own disk")
     shards.add_argument("--json", action="store_true", default=None, help="info: the same numbers for scripts")
     shards.add_argument("--threads", type=_positive, help="verify: files at a time (default: one per core)")
     shards.add_argument("--output", type=Path, help="show: .png or .jpg to write (default: samples.png in the folder)")
@@ -179,6 +202,19 @@ def _parser() -> argparse.ArgumentParser:
     config = _command(commands, "config", _config, "the resolved config")
     config.add_argument("config", nargs="?", type=Path, help="YAML file")
     config.add_argument("--schema", action="store_true", help="print the JSON schema of config files for editors")
+
+    status = _command(commands, "status", _status, "how far each run is, what its job does, what is wrong")
+    status.add_argument("run", nargs="*", type=Path, help="run folders, or folders that contain them (default: runs)")
+    status.add_argument("--json", action="store_true", help="an object for each run, for scripts")
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        type=_positive,
+        const=10,
+        metavar="SECONDS",
+        help="again every SECONDS (default: 10) until nothing runs or waits; stands last, or before another option",
+    )
+    status.add_argument("--all", action="store_true", help="a line for each run of a study")
 
     _command(commands, "doctor", _doctor, "what this machine can do; what is missing and the command that fixes it")
     return parser
@@ -219,19 +255,14 @@ def _positive(text: str) -> int:
 
 def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     from distkd.comm import world as comm
-    from distkd.config import load, parse_overrides
+    from distkd.config import parse_overrides
     from distkd.train.job import device_of
     from distkd.train.loop import train
 
     overrides = parse_overrides(rest)
-    stages = _in_order(
-        [
-            load(path, overrides, fold=fold, seed=seed)
-            for fold in arguments.folds or [None]
-            for seed in arguments.seeds or [None]
-            for path in arguments.config
-        ]
-    )
+    stages = _in_order(list(_loaded(arguments, overrides).values()))
+    if arguments.stage_in:
+        return _stage_in(stages, world)
     first = stages[0]
     comm.init(
         world,
@@ -246,6 +277,52 @@ def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     finally:
         comm.shutdown()
     return DONE
+
+
+def _stage_in(stages: Sequence[Settings], world: World) -> int:
+    """Copy what the stages would copy to this machine, so that no rank waits for that in a collective."""
+    from distkd.data.manifest import MANIFEST
+    from distkd.data.scratch import local_copy
+    from distkd.train.job import shards_folder
+
+    asking = [stage for stage in stages if stage.data.scratch is not None]
+    if not asking:
+        _say(world, "nothing to copy: data.scratch is not set")
+    for folder, scratch, make in dict.fromkeys((shards_folder(s), str(s.data.scratch), s.data.make) for s in asking):
+        if make is not None and not (folder / MANIFEST).exists():
+            _say(world, f"nothing to copy: training makes shard set {str(folder)!r} first")
+        else:
+            print(local_copy(folder, scratch), flush=True)
+    return DONE
+
+
+def _submit(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.config import parse_overrides
+    from distkd.slurm.submit import Options, Unit, submit
+
+    loaded = _loaded(arguments, parse_overrides(rest))
+    _in_order(list(loaded.values()))  # says what no order of the stages mends
+    units = [
+        Unit(path, fold, seed, settings, _teacher_folders(settings)) for (path, fold, seed), settings in loaded.items()
+    ]
+    names = ("nodes", "ranks_per_node", "time", "together", "elastic", "throttle", "site", "dry_run", "allow_change")
+    given = {name: getattr(arguments, name) for name in names}
+    submit(units, Options(**given, lead_s=arguments.lead, report=not arguments.no_report, words=rest))
+    return DONE
+
+
+def _loaded(
+    arguments: argparse.Namespace, overrides: dict[str, Any]
+) -> dict[tuple[Path, int | None, int | None], Settings]:
+    """The settings of each config, fold and seed that the command line names."""
+    from distkd.config import load
+
+    return {
+        (path, fold, seed): load(path, overrides, fold=fold, seed=seed)
+        for fold in arguments.folds or [None]
+        for seed in arguments.seeds or [None]
+        for path in arguments.config
+    }
 
 
 def _in_order(stages: Sequence[Settings]) -> list[Settings]:
@@ -339,12 +416,30 @@ def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int
 
     _no_rest(rest)
     options = {"info": ("json",), "verify": ("threads",), "show": ("output", "per_class", "samples", "fold")}
+    options["copy"] = ("to",)
     for action, names in options.items():
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
         if given and action != arguments.action:
             raise ConfigError(f"{given[0]} is an option of `shards {action}`, not of `shards {arguments.action}`")
+    if arguments.action == "copy":
+        return _copy(arguments)
     with opened(arguments.folder) as shards:
         _look(shards, arguments, world)
+    return DONE
+
+
+def _copy(arguments: argparse.Namespace) -> int:
+    from distkd.data.remote.transport import is_url
+    from distkd.data.scratch import copy_set
+
+    if arguments.to is None:
+        raise ConfigError("`shards copy` needs --to FOLDER, a folder on this machine's own disk")
+    if is_url(arguments.folder):
+        raise ConfigError(
+            f"`shards copy` copies a folder, {arguments.folder} is none; what is streamed is kept on a disk of "
+            "this machine by data.stream.cache"
+        )
+    print(copy_set(Path(arguments.folder), arguments.to))
     return DONE
 
 
@@ -382,6 +477,15 @@ def _config(arguments: argparse.Namespace, rest: list[str], world: World) -> int
     settings = load(arguments.config, parse_overrides(rest))
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), end="")
     return DONE
+
+
+def _status(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.slurm.table import run
+
+    _no_rest(rest)
+    return run(
+        arguments.run or [Path("runs")], as_json=arguments.json, every_s=arguments.watch, everything=arguments.all
+    )
 
 
 def _doctor(arguments: argparse.Namespace, rest: list[str], world: World) -> int:

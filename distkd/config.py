@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Union, cast
+from typing import Annotated, Any, Literal, Union, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -199,6 +199,8 @@ def _marked(value: Any, annotation: Any) -> Any:
     """The value with misread booleans marked, which no type accepts."""
     kinds = _parts(annotation)
     if isinstance(value, bool):
+        if not value and any("off" in typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal):
+            return "off"  # one of the words that are meant here
         return value if bool in kinds or Any in kinds else _Misread(value)
     if isinstance(value, list):
         return [_marked(item, None) for item in cast(list[Any], value)]

@@ -42,7 +42,7 @@ def main() -> int:
 
 def _ranks_have_spoken() -> bool:
     """Whether a rank ended with a message of its own."""
-    folder = os.environ.get("DISTKD_EXIT_CODES")
+    folder = os.environ.get("DISTKD_NOTES")
     return folder is not None and not noted_codes(Path(folder)).isdisjoint({USER, INTERRUPTED})
 
 

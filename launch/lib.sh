@@ -18,7 +18,7 @@ signals=SIGTERM,SIGINT,SIGUSR1
 torchrun=(--signals-to-handle="$signals")
 
 fail() {
-    printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+    printf '%s: %s\n' "${script:-$(basename "$0")}" "$1" >&2
     exit 2
 }
 
@@ -56,10 +56,14 @@ supervise() {
     local child
     "$@" &
     child=$!
-    # shellcheck disable=SC2064  # the child of now
-    trap "kill -TERM $child 2>/dev/null || true" TERM
-    # shellcheck disable=SC2064
-    trap "kill -USR1 $child 2>/dev/null || true" USR1
+    if [[ -n ${SLURM_PROCID:-} ]]; then
+        trap : TERM USR1 # SLURM signals every process of a step itself: a second TERM would cut torchrun's shutdown short
+    else
+        # shellcheck disable=SC2064  # the child of now
+        trap "kill -TERM $child 2>/dev/null || true" TERM
+        # shellcheck disable=SC2064
+        trap "kill -USR1 $child 2>/dev/null || true" USR1
+    fi
     trap : INT # Ctrl-C reaches the child by itself: a second one would cut its shutdown short
     code=0
     wait "$child" || code=$?
@@ -69,14 +73,14 @@ supervise() {
     done
 }
 
-# run_ranks RUN_ROOT ARGUMENTS...: run torchrun with these arguments and return the code that the ranks ended with
+# run_ranks ARGUMENTS...: run torchrun with these arguments and return the code that the ranks ended with
 run_ranks() {
-    local run_root=${1:-runs} notes
-    shift
-    notes=$(mktemp -d)
-    # shellcheck disable=SC2064  # the folder of now
-    trap "rm -rf '$notes'" EXIT
-    : >"$notes/started"
-    DISTKD_EXIT_CODES=$notes supervise "$python" "$here/agent.py" "$@"
-    "$python" "$here/exit_code.py" --torchrun "$code" --run-root "$run_root" --notes "$notes"
+    local notes=${DISTKD_NOTES:-}
+    if [[ -z $notes ]]; then
+        notes=$(mktemp -d)
+        # shellcheck disable=SC2064  # the folder of now
+        trap "rm -rf '$notes'" EXIT
+    fi
+    DISTKD_NOTES=$notes supervise "$python" "$here/agent.py" "$@"
+    "$python" "$here/exit_code.py" --torchrun "$code" --notes "$notes"
 }

@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Train, and leave the exit code where the launching script asks for it."""
     _end_with_torchrun()
-    folder = os.environ.get("DISTKD_EXIT_CODES")
+    folder = os.environ.get("DISTKD_NOTES")
     if folder is None:
         return _train()
     if _refused_before(Path(folder)):

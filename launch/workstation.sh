@@ -56,4 +56,4 @@ if [[ -n $print ]]; then
     show OMP_NUM_THREADS="$OMP_NUM_THREADS" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "${command[@]}"
     exit 0
 fi
-run_ranks "$(value_of --run.root "${arguments[@]}")" "${command[@]}"
+run_ranks "${command[@]}"

@@ -30,7 +30,7 @@ from tests.data.toy import write_toy
 from tests.small import Small
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-COMMANDS = ("train", "eval", "predict", "export", "report", "shards", "config", "doctor")
+COMMANDS = ("train", "submit", "status", "eval", "predict", "export", "report", "shards", "config", "doctor")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -380,7 +380,7 @@ def test_a_signal_leaves_a_whole_checkpoint_and_code_three(
         stops_at(patch, 1, [number])
         assert main(["train", str(path)]) == INTERRUPTED
     assert signal.getsignal(number) == before
-    assert capsys.readouterr().err.endswith("distkd: stopped by a signal after step 2 of 6; start again to go on\n")
+    assert capsys.readouterr().err.endswith("distkd: stopped as asked after step 2 of 6; start again to go on\n")
     outcome = json.loads((folder / "outcome.json").read_text())
     assert (outcome["state"], outcome["kind"], outcome["step"]) == ("interrupted", None, 2)
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000002\n"

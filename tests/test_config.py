@@ -16,7 +16,7 @@ from distkd.base import World
 from distkd.cli import main
 from distkd.config import default_name, load, parse_overrides, schema
 from distkd.errors import ConfigError
-from distkd.metrics import METRICS
+from distkd.metrics.classification import METRICS
 from distkd.train.export import write_export
 from distkd.train.job import assemble, split_digest
 from distkd.train.loop import train

@@ -57,6 +57,9 @@ class DataConfig(StrictConfig):
     shards: Annotated[str, BeforeValidator(_as_text)] | None = None
     """Folder of a shard set; with `make` it is where the set is made if it is not there yet. Or where one lies that is
     streamed: `https://host/set`, or `pipe:command {}`, where `{}` is the file's name."""
+    scratch: Annotated[str, BeforeValidator(_as_text), StringConstraints(min_length=1)] | None = None
+    """A folder on this machine's own disk, `$NAMES` of the environment are filled in: the shard set is copied there
+    first, once a machine, and read from there. Without room it is read where it lies, with a warning."""
     make: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")] | None = None
     """Recipe of the repository's `shards/` folder that makes the set from what the repository holds."""
     fold: NonNegativeInt = 0
@@ -101,6 +104,11 @@ class DataConfig(StrictConfig):
         remote = self.shards is not None and is_url(self.shards)
         if remote and self.make is not None:
             raise ConfigError(f"data.make makes a folder, data.shards={self.shards} is none; leave one of them out")
+        if remote and self.scratch is not None:
+            raise ConfigError(
+                f"data.scratch copies a folder, data.shards={self.shards} is none; leave it out: what is streamed is "
+                "kept on a disk of this machine by data.stream.cache"
+            )
         if remote and self.access == "indexed":
             raise ConfigError(
                 f"data.access=indexed reads a folder, data.shards={self.shards} is none; copy the set to a disk, or "

@@ -66,7 +66,7 @@ class Dataset:
         self._of_split = {split: split_numbers(manifest, config.fold, split) for split in SPLITS}
         if len(self._of_split["train"]) == 0:
             raise DataError(
-                f"fold {config.fold} of {str(shard_set.folder)!r} has no training samples; choose another data.fold"
+                f"fold {config.fold} of {shard_set.place!r} has no training samples; choose another data.fold"
             )
         if manifest.problem == "classification":
             check_classes(manifest, config.fold)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from distkd.metrics import METRICS
+from distkd.metrics.classification import METRICS
 from distkd.report.plots import Panel, Style, style_of
 from distkd.report.roles import Role
 from distkd.report.runs import Run

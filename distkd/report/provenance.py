@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from distkd.metrics import PER_CLASS
+from distkd.metrics.classification import PER_CLASS
 from distkd.report.html import Safe, details, join, name_cell, table, tag
 from distkd.report.results import number, role_cell
 from distkd.report.roles import Role

@@ -21,7 +21,8 @@ Kind = Literal["teacher", "alone", "distilled"]
 # what may differ between repeats: place, fold and seed, and how the work is cut, which the world-size law makes equal
 _REPEATS = {
     "run.root", "run.name", "run.seed", "run.log_every", "run.checkpoint_every", "run.keep_last", "data.fold",
-    "data.threads", "teacher.export", "batch.micro_batch", "engine.device", "engine.timeout_s",
+    "data.threads", "data.scratch", "teacher.export", "batch.micro_batch", "engine.device", "engine.timeout_s",
+    "metrics.export", "metrics.port",
 }  # fmt: skip
 # what follows from the other keys, if these tell all variants apart
 _FOLLOWS = ("model.encoders.", "data.degraded.")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from distkd.errors import DataError
-from distkd.metrics import read_jsonl
+from distkd.metrics.jsonl import read_jsonl
 
 __all__ = ["Evaluation", "Run", "find_runs", "load_run"]
 

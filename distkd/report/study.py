@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distkd.errors import DataError
-from distkd.metrics import METRICS
+from distkd.metrics.classification import METRICS
 from distkd.report.plots import Style, style_of
 from distkd.report.roles import Role, assign_roles, check_comparable, find_baseline
 from distkd.report.runs import Run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -22,7 +23,16 @@ from distkd.errors import ConfigError
 from distkd.files import read_json, write_json, write_text
 from distkd.train.settings import Settings
 
-__all__ = ["Events", "changes", "check_config", "check_selected", "environment", "write_config", "write_outcome"]
+__all__ = [
+    "Events",
+    "changes",
+    "check_config",
+    "check_selected",
+    "environment",
+    "leave_note",
+    "write_config",
+    "write_outcome",
+]
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +40,9 @@ FREE = {
     "run.root", "run.name", "run.log_every", "run.keep_last", "run.keep_best", "run.checkpoint_every", "run.save",
     "batch.micro_batch", "data.threads", "data.shards", "data.cache_mib", "data.check", "data.on_error",
     "data.max_skipped", "data.stream.cache", "data.stream.cache_gib", "data.stream.ahead", "teacher.export",
-    "engine.name", "engine.zero_stage", "engine.compile", "engine.device", "engine.timeout_s", "engine.debug",
-    "optim.fused", "method.bank.placement", "method.bank.memory_share", "method.bank.check_every",
+    "data.scratch", "engine.name", "engine.zero_stage", "engine.compile", "engine.device", "engine.timeout_s",
+    "engine.debug", "metrics.export", "metrics.port", "optim.fused", "method.bank.placement",
+    "method.bank.memory_share", "method.bank.check_every",
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest. Another
 engine or another kernel adds in another order, as another number of ranks does."""
@@ -158,6 +169,16 @@ def write_outcome(
         write_json(folder / "outcome.json", outcome)
     except OSError as error:
         log.warning("%s cannot be written: %s", folder / "outcome.json", error.strerror)
+
+
+def leave_note(folder: Path, world: World) -> None:
+    """Tell whoever launched this rank which run it works on: `run-<rank>` in the folder `DISTKD_NOTES`.
+
+    One rank of each machine does, so that no launcher has to guess whose `outcome.json` to read.
+    """
+    notes = os.environ.get("DISTKD_NOTES")
+    if notes and world.local_rank == 0:
+        write_text(Path(notes) / f"run-{world.rank}", str(folder.resolve()))
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from distkd.data.plan import Plan
 from distkd.data.remote.store import RemoteStore
 from distkd.data.remote.stream import StreamReader
 from distkd.data.remote.transport import is_url
+from distkd.data.scratch import open_copied
 from distkd.data.shardset import ShardSet
 from distkd.data.stream_plan import StreamPlan
 from distkd.engines import Engine, make_engine
@@ -35,7 +36,16 @@ from distkd.train.export import Export, load_export
 from distkd.train.settings import Settings
 from distkd.train.undo import Undo
 
-__all__ = ["Job", "assemble", "dataset_of", "device_of", "open_shards", "split_digest", "teacher_folder"]
+__all__ = [
+    "Job",
+    "assemble",
+    "dataset_of",
+    "device_of",
+    "open_shards",
+    "shards_folder",
+    "split_digest",
+    "teacher_folder",
+]
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +101,14 @@ def device_of(settings: Settings, world: World) -> torch.device:
 
 
 def open_shards(settings: Settings, world: World) -> ShardSet:
-    """The shard set of the config, made first where `data.make` names a recipe and the folder is absent."""
+    """The shard set of the config, made first where `data.make` names a recipe and the folder is absent.
+
+    Where `data.scratch` is set it is read from a copy there, for which ranks of a machine wait without a collective.
+    """
     data = settings.data
     if data.shards is not None and is_url(data.shards):
         return _remote(data.shards, data)
-    if data.shards is None and data.make is None:
-        raise ConfigError("data.shards is missing; name a shard set, or a recipe with data.make")
-    folder = settings.run.root / "shards" / str(data.make) if data.shards is None else Path(data.shards)
+    folder = shards_folder(settings)
     failure: DistkdError | None = None
     if data.make is not None and world.is_main and not (folder / "manifest.json").exists():
         try:
@@ -107,7 +118,21 @@ def open_shards(settings: Settings, world: World) -> ShardSet:
     failure = broadcast_object(failure, world)
     if failure is not None:
         raise failure
+    if data.scratch is not None:
+        return open_copied(folder, data.scratch, check=data.check, speaks=world.local_rank == 0)
     return ShardSet(folder, check=data.check)
+
+
+def shards_folder(settings: Settings) -> Path:
+    """Where the shard set lies, or is to be made; not for URLs.
+
+    Raises:
+        ConfigError: the config names none.
+    """
+    data = settings.data
+    if data.shards is None and data.make is None:
+        raise ConfigError("data.shards is missing; name a shard set, or a recipe with data.make")
+    return settings.run.root / "shards" / str(data.make) if data.shards is None else Path(data.shards)
 
 
 def _remote(url: str, data: DataConfig) -> ShardSet:
@@ -154,7 +179,7 @@ def _check_teacher_task(teacher: Export, shards: ShardSet, degraded: Iterable[st
     absent = [name for name in teacher.config.modalities if name not in (*manifest.modalities, *degraded)]
     if absent:
         raise ConfigError(
-            f"teacher {teacher.folder} sees {', '.join(map(repr, absent))}, but shard set {shards.folder} has "
+            f"teacher {teacher.folder} sees {', '.join(map(repr, absent))}, but shard set {shards.place} has "
             f"{', '.join(sorted(manifest.modalities))}; name a teacher of these modalities, or shards that have all; a "
             "coarse copy that the teacher saw must stand in data.degraded here, too"
         )
@@ -165,8 +190,8 @@ def _check_teacher_data(teacher: Export, dataset: Dataset, trained_on: str) -> N
     if teacher.card["split_digest"] != trained_on:
         raise ConfigError(
             f"teacher {teacher.folder} was trained on other samples (fold {teacher.card['fold']} of "
-            f"{teacher.card['shards']}) than this run trains on (fold {dataset.fold} of {dataset.folder}), so it may "
-            "know the test patients; train the teacher on the same fold"
+            f"{teacher.card['shards']}) than this run trains on (fold {dataset.fold} of {dataset.shard_set.place}), so "
+            "it may know the test patients; train the teacher on the same fold"
         )
     for name in teacher.config.modalities:
         was, now = (preprocess.inputs[name].looks for preprocess in (teacher.preprocess, dataset.preprocess))

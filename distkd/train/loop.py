@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -30,7 +31,7 @@ from distkd.train.job import Job, assemble
 from distkd.train.run import Run, met_alone, samples_per_pass
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
-from distkd.train.signals import StopFlag
+from distkd.train.signals import StopFlag, stop_file
 from distkd.train.tally import Reading, Tally
 
 __all__ = ["train", "train_step"]
@@ -53,7 +54,7 @@ def train(settings: Settings, world: World, *, allow_change: bool = False) -> Pa
         return folder
     job = assemble(settings, world)
     run = Run(job, Events(folder, world))
-    with StopFlag() as stop_flag:
+    with StopFlag(stop_file(world)) as stop_flag:
         run.open()
         try:
             fit(run, stop_flag)
@@ -151,21 +152,34 @@ def skip(run: Run, words: str | None) -> None:
 def publish(run: Run, reading: Reading) -> None:
     """One line of metrics and of progress on the main rank; every rank notes the samples that it could not read."""
     run.note_unreadable()
-    if run.writer is None:
+    if run.writer is None and run.exporter is None:
         return
     means = reading.means
+    lr = run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1)
     groups: dict[str, dict[str, float]] = {"parts": {}, "gauges": {}}
     for name, value in means.items():
         group, _, rest = name.partition(":")
         if rest:
             groups[group][rest] = value
+    if run.exporter is not None:
+        run.exporter.update(
+            run.standing()
+            | {
+                "distkd_loss": {"total": means["loss"], **groups["parts"]} if "loss" in means else None,
+                "distkd_grad_norm": means.get("grad_norm"),
+                "distkd_lr": lr,
+                "distkd_last_step_timestamp_seconds": time.time(),
+            }
+        )
+    if run.writer is None:
+        return
     saving = {"save": run.saver.seconds} if run.saver.seconds else {}
     run.saver.seconds = 0.0
     run.record(
         samples=run.step * run.job.plan.global_batch,
         loss=means.get("loss"),
         **groups,
-        lr=run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1),
+        lr=lr,
         grad_norm=means.get("grad_norm"),
         skipped=run.skipped,
         **({"replaced": reading.replaced} if reading.replaced else {}),

@@ -5,19 +5,31 @@ from __future__ import annotations
 import errno
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distkd import __version__
+from distkd.allocation import Allocation, note_job
 from distkd.base import UNLABELLED
 from distkd.comm.world import broadcast_object
 from distkd.data.plan import Plan
 from distkd.errors import ConfigError, DataError, DiskError, Interrupted
 from distkd.files import read_json, write_json
+from distkd.metrics import targets
+from distkd.metrics.exporter import Exporter, Values, device_labels, node_labels, start_exporter
 from distkd.metrics.jsonl import MetricsWriter
 from distkd.train import checkpoint
 from distkd.train.checkpoint import Best
-from distkd.train.folder import Events, changes, check_selected, environment, write_config, write_outcome
+from distkd.train.folder import (
+    Events,
+    changes,
+    check_selected,
+    environment,
+    leave_note,
+    write_config,
+    write_outcome,
+)
 from distkd.train.job import Job
 from distkd.train.progress import Progress
 from distkd.train.saver import Fate, Saver
@@ -47,6 +59,8 @@ class Run:
     saver: Saver = field(init=False)
     writer: MetricsWriter | None = None
     progress: Progress | None = None
+    exporter: Exporter | None = None
+    """Serves this rank's numbers to Prometheus, where `metrics.export` asks for it."""
 
     @property
     def folder(self) -> Path:
@@ -59,8 +73,9 @@ class Run:
     def open(self) -> None:
         """Make the folder, or go on from its newest checkpoint; what is refused leaves it as it was."""
         job, settings = self.job, self.job.settings
-        self.attempt = self.events.attempt()
-        self.token = broadcast_object(f"{time.time_ns():x}-{os.getpid()}", job.world)
+        # as the main rank counts: a rank that was not there in an attempt has missed a number
+        mine = f"{time.time_ns():x}-{os.getpid()}", self.events.attempt()
+        self.token, self.attempt = broadcast_object(mine, job.world)
         changed: dict[str, tuple[Any, Any]] = {}
         found = checkpoint.find_latest(self.checkpoints, job.world)
         if found is not None:
@@ -75,6 +90,7 @@ class Run:
         failure = broadcast_object(self._make_folder() if job.world.is_main else None, job.world)
         if failure is not None:
             raise failure
+        leave_note(self.folder, job.world)
         self.saver = self._make_saver()
         job.before_update = self.saver.before_update
         if job.world.is_main:
@@ -84,6 +100,37 @@ class Run:
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
         if changed:
             self.events.add("changed", step=self.step, keys=changed)
+        self.exporter = self._start_exporter()
+
+    def _start_exporter(self) -> Exporter | None:
+        job, settings = self.job, self.job.settings
+        return start_exporter(
+            settings.metrics,
+            self.folder,
+            job.world,
+            labels={
+                "run": settings.run.name,
+                "stage": settings.method.name,
+                "attempt": str(self.attempt),
+                **node_labels(),
+            },
+            info={
+                "version": __version__,
+                "engine": settings.engine.name,
+                "world_size": str(job.world.size),
+                **device_labels(job.device),
+            },
+            values=self.standing(),
+        )
+
+    def standing(self) -> dict[str, Values]:
+        """Where the run stands, by exported name; counters go on from where an earlier attempt has left them."""
+        return {
+            "distkd_train_step": self.step,
+            "distkd_steps_total": self.step,
+            "distkd_samples_total": self.step * self.job.plan.global_batch,
+            "distkd_restarts": self.attempt - 1,
+        }
 
     def _make_saver(self) -> Saver:
         job, config = self.job, self.job.settings.run
@@ -110,9 +157,21 @@ class Run:
         job = self.job
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            targets.remove(self.folder)  # of attempts that were killed; this one's ranks announce themselves later
             write_config(job.settings)
-            about = environment(job.settings, job.world, token=self.token, data=job.dataset.provenance())
+            allocation = Allocation.from_environment()
+            about = environment(
+                job.settings,
+                job.world,
+                token=self.token,
+                data=job.dataset.provenance(),
+                n_steps=job.plan.n_steps,
+                started=round(time.time(), 3),
+                job=None if allocation is None else allocation.job,
+            )
             write_json(self.folder / "environment.json", about)
+            if allocation is not None:
+                note_job(self.folder, "started", **asdict(allocation), attempt=self.attempt)
             (self.folder / "outcome.json").unlink(missing_ok=True)
         except OSError as error:
             return ConfigError(f"cannot write run folder {self.folder}: {error.strerror}; choose another --run.root")
@@ -129,7 +188,7 @@ class Run:
             )
         if meta["split_digest"] != job.split_digest:
             raise ConfigError(
-                f"checkpoint {found.name} was trained on other samples than {job.dataset.folder} holds now; "
+                f"checkpoint {found.name} was trained on other samples than {job.dataset.shard_set.place} holds now; "
                 "use another --run.name"
             )
         if meta.get("data_digest", job.data_digest) != job.data_digest:  # older checkpoints have none
@@ -146,12 +205,13 @@ class Run:
 
     def record(self, **values: Any) -> None:
         if self.writer is not None:
-            self.writer.write({"step": self.step, "epoch": self.job.plan.epoch_of(max(0, self.step - 1)), **values})
+            epoch = self.job.plan.epoch_of(max(0, self.step - 1))
+            self.writer.write({"step": self.step, "epoch": epoch, "time": round(time.time(), 3), **values})
 
     def stopped(self) -> Interrupted | DiskError:
         """What a stop that was asked for ends with, once its checkpoint is on disk or is known not to be."""
         self.saver.wait()
-        where = f"stopped by a signal after step {self.step} of {self.job.plan.n_steps}"
+        where = f"stopped as asked after step {self.step} of {self.job.plan.n_steps}"
         if self.saver.failures:
             return DiskError(
                 f"{where}, but its checkpoint could not be written to {self.checkpoints}; make room, then start again "
@@ -167,6 +227,8 @@ class Run:
 
     def close(self, error: BaseException | None) -> None:
         """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
+        if self.exporter is not None:  # first: whoever is slow to end may be killed on the way
+            self.exporter.close()
         self.saver.abandon()
         self.note_unreadable()
         state, kind = _ending(error)

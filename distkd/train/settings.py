@@ -21,7 +21,8 @@ from distkd.data.manifest import closest
 from distkd.engines import EngineConfig, OptimConfig
 from distkd.errors import ConfigError
 from distkd.methods import MethodConfig
-from distkd.metrics import METRICS
+from distkd.metrics.classification import METRICS
+from distkd.metrics.exporter import MetricsConfig
 from distkd.models.build import ModelConfig
 
 __all__ = ["BatchConfig", "EvalConfig", "RunConfig", "Settings", "TeacherConfig"]
@@ -137,6 +138,7 @@ class Settings(StrictConfig):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _engine_fits(self) -> Settings:

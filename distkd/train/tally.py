@@ -89,7 +89,7 @@ class Tally:
         timings = self.watch.read()
         busy_s = sum(timings.get(phase, 0.0) for phase in _OWN_WORK)
         now = time.perf_counter()
-        asked = int(stop_flag.received is not None)
+        asked = int(stop_flag.is_set())
         unreadable = self.job.dataset.unreadable
         untold = unreadable.untold()
         own = (busy_s, now - self._since, float(unreadable.replaced), float(len(untold)))
@@ -129,7 +129,7 @@ class Tally:
         """Whether any rank was asked to stop, between two readings. A collective where steps are long, else no."""
         if not self._pacing.is_due(step):
             return False
-        asked = torch.tensor(float(stop_flag.received is not None), device=self.job.device)
+        asked = torch.tensor(float(stop_flag.is_set()), device=self.job.device)
         return all_reduce_max(asked, self.job.world).item() > 0
 
 

@@ -46,7 +46,7 @@ def evaluate_run(settings: Settings, run: Path, split: Split) -> dict[str, float
     if export.card["split_digest"] != split_digest(dataset):
         raise ConfigError(
             f"run {run} was trained on other samples (fold {export.card['fold']} of {export.card['shards']}) than fold "
-            f"{dataset.fold} of {dataset.folder} trains on, so split {split!r} may hold some of them; "
+            f"{dataset.fold} of {dataset.shard_set.place} trains on, so split {split!r} may hold some of them; "
             "score the run's own fold, or use `distkd predict` on other data"
         )
     dataset.preprocess = export.preprocess

@@ -195,7 +195,7 @@ class Trial:
         self.notes.mkdir()
         command = ranks_command(self.config, ranks=self.ranks, max_restarts=max_restarts)
         self.starts = len(folders.starts(self.folder))
-        return Launched(command, self.place / f"log-{number}", environment(DISTKD_EXIT_CODES=str(self.notes)))
+        return Launched(command, self.place / f"log-{number}", environment(DISTKD_NOTES=str(self.notes)))
 
     def strike(self, kill: Kill, run: Launched) -> Hit | None:
         """Wait for the moment, then kill; None where the run ended first."""

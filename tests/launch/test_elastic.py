@@ -56,11 +56,11 @@ def test_a_signal_to_the_launcher_stops_all_ranks_with_a_checkpoint(
         wait_for(lambda: _past(folder, 8), run)
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.wait() == 3, run.said()
-        assert run.said().count("distkd: stopped by a signal after step") == 1
+        assert run.said().count("distkd: stopped as asked after step") == 1
     outcome = folders.outcome(folder)
     assert (outcome["state"], outcome["attempt"]) == ("interrupted", 1)
     assert folders.newest_step(folder) == outcome["step"] < folders.last_line(whole)["step"]
-    assert "stopped by a signal after step" in outcome["message"]
+    assert "stopped as asked after step" in outcome["message"]
     with Launched(command, tmp_path / "log") as run:
         assert run.wait() == 0, run.said()
     assert folders.starts(folder)[-1]["step"] == outcome["step"]

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from launch.exit_code import exit_code, noted_codes, youngest_outcome
+from launch.exit_code import exit_code, noted_codes, noted_outcome
 
 
-def _outcome(folder: Path, age: float, **content: str) -> None:
+def _outcome(folder: Path, **content: str) -> Path:
     folder.mkdir(parents=True)
-    path = folder / "outcome.json"
-    path.write_text(json.dumps(content))
-    os.utime(path, (1000.0 - age, 1000.0 - age))
+    (folder / "outcome.json").write_text(json.dumps(content))
+    return folder
 
 
-@pytest.mark.parametrize("outcome", [None, {"state": "done"}, {"state": "failed", "kind": "config"}])
-def test_what_torchrun_calls_a_success_is_one(outcome):
-    assert exit_code(0, outcome, set()) == 0
+@pytest.mark.parametrize("codes", [{0}, {0, 1}])
+@pytest.mark.parametrize("outcome", [None, {"state": "done"}])
+def test_ranks_that_are_done_are_a_success_whatever_others_before_them_noted(outcome, codes):
+    assert exit_code(0, outcome, codes) == 0
 
 
 @pytest.mark.parametrize(
@@ -45,20 +44,37 @@ def test_the_outcome_decides_and_the_ranks_where_there_is_none(outcome, codes, e
     assert exit_code(1, outcome, codes) == expected
 
 
-def test_the_youngest_outcome_counts_and_those_of_earlier_attempts_do_not(tmp_path):
-    _outcome(tmp_path / "old", 500.0, state="failed")
-    assert youngest_outcome(tmp_path, since=600.0) is None
-    _outcome(tmp_path / "first", 300.0, state="done")
-    _outcome(tmp_path / "study" / "second", 200.0, state="interrupted")
-    assert youngest_outcome(tmp_path, since=600.0) == {"state": "interrupted"}
+@pytest.mark.parametrize(
+    ("outcome", "codes", "expected"),
+    [
+        ({"state": "interrupted"}, {3}, 3),
+        ({"state": "interrupted"}, set(), 3),
+        (None, {3}, 3),
+        (None, {2}, 2),
+        (None, set(), 1),
+        ({"state": "done"}, set(), 1),
+    ],
+)
+def test_a_launcher_that_reports_success_is_not_believed_against_its_ranks(outcome, codes, expected):
+    """The outcome may be that of the stage before."""
+    assert exit_code(0, outcome, codes) == expected
 
 
-def test_a_run_root_that_was_never_made_has_no_outcome(tmp_path):
-    assert youngest_outcome(tmp_path / "runs", since=0.0) is None
+def test_the_outcome_is_that_of_the_run_that_the_ranks_noted(tmp_path):
+    _outcome(tmp_path / "runs" / "another fold", state="failed")
+    run = _outcome(tmp_path / "runs" / "fold 3", state="interrupted")
+    (tmp_path / "run-0").write_text(str(run))
+    assert noted_outcome(tmp_path) == {"state": "interrupted"}
+
+
+def test_a_run_that_could_not_say_how_it_ended_has_no_outcome(tmp_path):
+    assert noted_outcome(tmp_path) is None
+    (tmp_path / "run-0").write_text(str(tmp_path / "runs" / "killed"))
+    assert noted_outcome(tmp_path) is None
 
 
 def test_the_codes_of_all_ranks_are_read(tmp_path):
     for rank, code in enumerate((2, 3, 3)):
         (tmp_path / f"rank-{rank}").write_text(str(code))
-    (tmp_path / "started").touch()
+    (tmp_path / "run-0").touch()
     assert noted_codes(tmp_path) == {2, 3}

@@ -71,7 +71,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(config: dict[str, Any]
         os.kill(run.process.pid, signal.SIGINT)
         assert run.wait() == 3
         text = run.said()
-    assert "stopped by a signal after step" in text
+    assert "stopped as asked after step" in text
     assert "Traceback" not in text
     outcome = folders.outcome(folder)
     assert outcome["state"] == "interrupted"

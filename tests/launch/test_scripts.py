@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path for path in [*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run"]
+)
 COMMANDS = ["coarse_study.sh", "demo.sh", "multinode.sh", "stages.sh", "venv.sh", "workstation.sh"]
 NODES = {"MASTER_ADDR": "127.0.0.1", "NODES": "2", "NODE_RANK": "1"}
 
@@ -262,7 +264,7 @@ def test_the_coarse_study_trains_a_teacher_and_students_of_its_labels_at_each_si
 def test_train_ends_with_the_code_of_the_command_and_notes_it(launch, arguments, code):
     notes = launch.folder / "notes"
     notes.mkdir()
-    environ = launch.environ | {"DISTKD_EXIT_CODES": str(notes), "RANK": "5"}
+    environ = launch.environ | {"DISTKD_NOTES": str(notes), "RANK": "5"}
     train = [sys.executable, launch.folder / "launch" / "train.py", "a.yaml", *arguments]
     assert subprocess.run(train, env=environ, check=False).returncode == code
     assert (notes / "rank-5").read_text() == str(code)

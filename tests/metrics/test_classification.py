@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from distkd.errors import NonFiniteError, ShapeError
-from distkd.metrics import METRICS, PER_CLASS, classification_metrics
+from distkd.metrics.classification import METRICS, PER_CLASS, classification_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GRADES = ["II", "III", "IV"]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.errors import DataError
-from distkd.metrics import MetricsWriter, read_jsonl
+from distkd.metrics.jsonl import MetricsWriter, read_jsonl
 
 
 def steps(path) -> list[int]:

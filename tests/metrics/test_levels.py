@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.errors import DataError
-from distkd.metrics import Predictions, levels, to_group, to_patient
+from distkd.metrics.levels import levels, to_group, to_patient
+from distkd.metrics.predictions import Predictions
 
 
 def cohort(seed: int, n: int = 24) -> Predictions:

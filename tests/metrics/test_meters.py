@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.base import World
-from distkd.metrics import Meter, Stopwatch, meters
+from distkd.metrics import meters
+from distkd.metrics.meters import Meter, Stopwatch
 
 
 def on_ranks(monkeypatch, per_rank, flags):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkd.errors import DataError, ShapeError
-from distkd.metrics import Predictions, read_predictions, write_predictions
+from distkd.metrics.predictions import Predictions, read_predictions, write_predictions
 
 NAMES = ["grade II", 'odd, "name"', "IV"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from distkd.metrics import classification_metrics
+from distkd.metrics.classification import classification_metrics
 
 __all__ = ["edit_config", "evaluation", "fake_maps", "fake_run", "fake_study"]
 

@@ -14,7 +14,9 @@ import torch
 from distkd.base import World
 from distkd.data.manifest import Split
 from distkd.errors import DataError, NonFiniteError
-from distkd.metrics import classification_metrics, read_predictions, to_patient
+from distkd.metrics.classification import classification_metrics
+from distkd.metrics.levels import to_patient
+from distkd.metrics.predictions import read_predictions
 from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.job import Job, assemble
 from distkd.train.loop import score, train

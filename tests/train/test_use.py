@@ -15,7 +15,7 @@ from PIL import Image
 
 from distkd.base import World
 from distkd.cli import DONE, USER, main
-from distkd.metrics import Predictions, read_predictions
+from distkd.metrics.predictions import Predictions, read_predictions
 from distkd.train.loop import train
 from tests.data.toy import toy_arrays
 from tests.laws.common import settings_of

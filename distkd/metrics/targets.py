@@ -1,0 +1,168 @@
+"""Where Prometheus finds the ranks of a run: `<run>/prometheus/rank-00000.json`, one file a rank in file_sd format.
+
+A copy lies beside the run folders, `<root>/prometheus/<run>.rank-00000.json`: file_sd takes a `*` in file names only,
+and so finds all runs of a root. Files come and go in pairs.
+
+Nothing here imports torch: a batch script clears the files of its job with
+`python -m distkd.metrics.targets --remove RUN_OR_ROOT... --job JOB`, and `distkd status` asks which are stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from distkd.files import write_json
+
+__all__ = ["JOB", "remove", "remove_own", "stale", "write"]
+
+JOB = "slurm_job"
+"""Label with the job's id. Not `job`: Prometheus has that label for the name of its scrape config."""
+_PROCESS = "__meta_distkd_process"
+"""Label with the process behind a target. Prometheus shows labels of this prefix to relabelling rules and then drops
+them, so that they make no series."""
+
+
+def write(run: Path, rank: int, address: str, labels: Mapping[str, str]) -> Path:
+    """Announce this process as a rank of a run, in place of what an earlier one has left.
+
+    Args:
+        run: its folder.
+        rank: also a label of the target.
+        address: `host:port` as Prometheus has to call it.
+        labels: of all series of this target; few values each, nothing secret.
+    """
+    about = {**labels, "rank": str(rank), _PROCESS: _identity(os.getpid())}
+    own, shared = _places(run, f"rank-{rank:05d}.json")
+    for path in (own, shared):
+        write_json(path, [{"targets": [address], "labels": about}])
+    return own
+
+
+def remove_own(run: Path, rank: int) -> None:
+    """Withdraw what this process has announced; the files of a process that came later stay."""
+    for path in _places(run, f"rank-{rank:05d}.json"):
+        if (_labels(path) or {}).get(_PROCESS) == _identity(os.getpid()):
+            path.unlink(missing_ok=True)
+
+
+def remove(run: Path, *, job: str | None = None, attempt: int | None = None) -> list[Path]:
+    """Remove the target files of a run, those of one job or one attempt only where these are given; returns them."""
+    removed: list[Path] = []
+    _, shared = _places(run, "rank-*.json")
+    for path in [*_files(run), *shared.parent.glob(f"{glob.escape(run.absolute().name)}.rank-*.json")]:
+        labels = _labels(path) or {}
+        if job in (None, labels.get(JOB)) and str(attempt) in ("None", labels.get("attempt")):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    for torn in run.glob("prometheus/.rank-*.json.*"):
+        if job is None and attempt is None:  # it was killed in the middle of `write`
+            torn.unlink(missing_ok=True)
+    return removed
+
+
+def stale(run: Path, *, ended: bool, running_jobs: Collection[str] | None) -> list[Path]:
+    """Target files in a run folder that nobody stands behind any more, as SIGKILL leaves them.
+
+    Args:
+        run: its folder.
+        ended: whether its last attempt has ended, as `outcome.json` says.
+        running_jobs: ids of the jobs that run, as people see them; None where nobody knows.
+    """
+    found: list[Path] = []
+    for path in _files(run):
+        labels = _labels(path)
+        if labels is None:
+            continue
+        job = labels.get(JOB, "")
+        job_is_gone = running_jobs is not None and job != "" and job not in running_jobs
+        if ended or job_is_gone or _is_gone(labels.get(_PROCESS, "")):
+            found.append(path)
+    return found
+
+
+def _places(run: Path, name: str) -> tuple[Path, Path]:
+    """A target file of a run, and its copy beside the run folders."""
+    return run / "prometheus" / name, run.absolute().parent / "prometheus" / f"{run.absolute().name}.{name}"
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted(run.glob("prometheus/rank-*.json"))
+
+
+def _labels(path: Path) -> dict[str, str] | None:
+    """Of a target file; empty where it is not one of ours, None where it has just been removed."""
+    try:
+        groups: Any = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(value) for name, value in groups[0]["labels"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _identity(pid: int) -> str:
+    """`machine pid start`, the same for no other process; `machine pid` for one that has ended, empty without /proc.
+
+    The machine is known by its boot and by the namespace of its process ids, which a container may have of its own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+    try:
+        # the name in brackets may hold anything; behind it state is the first field and start time the 20th
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return f"{machine} {pid}"
+    return f"{machine} {pid}" if fields[0] in "ZX" else f"{machine} {pid} {fields[19]}"
+
+
+def _is_gone(process: str) -> bool:
+    """Whether the process was one of this machine and has ended; of another machine nothing is known here."""
+    machine, _, rest = process.partition(" ")
+    pid = rest.split(" ")[0]
+    if not pid.isdigit():
+        return False
+    now = _identity(int(pid))
+    return now.partition(" ")[0] == machine and now != process and not _is_hidden(int(pid))
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it lives although /proc does not show it, as with `hidepid` the processes of other users."""
+    if Path(f"/proc/{pid}").exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        pass
+    return False
+
+
+def _main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m distkd.metrics.targets", description="Clear scrape targets.")
+    parser.add_argument("--remove", nargs="+", type=Path, required=True, metavar="RUN", help="run folders")
+    parser.add_argument("--job", help="only targets of this job; RUN may then be a folder of runs, too")
+    parser.add_argument("--attempt", type=int, help="only targets of this attempt of the run")
+    arguments = parser.parse_args(argv)
+    for folder in cast(list[Path], arguments.remove):
+        # without a job, a folder of runs would lose the targets of whatever else runs in it
+        levels = ("", "*/", "*/*/") if arguments.job else ("",)
+        runs = sorted({path.parent for level in levels for path in folder.glob(f"{level}prometheus")})
+        for run in runs:
+            for path in remove(run, job=arguments.job, attempt=arguments.attempt):
+                print(f"removed {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

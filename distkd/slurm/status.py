@@ -1,0 +1,300 @@
+"""`distkd status`: how far each run is, what its job does, and what to do where something is wrong.
+
+Files and the queue are read, nothing is changed. A run says itself when it ends; of one that was killed only the
+queue knows, or, without a queue, the age of its last line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distkd.allocation import read_jobs
+from distkd.errors import DataError
+from distkd.metrics.targets import stale
+from distkd.slurm.progress import Position, read_position
+from distkd.slurm.queue import QueuedJob
+
+__all__ = ["ACTIVE", "RUNNING", "Job", "Row", "duration", "find", "look"]
+
+RUNNING = ("running", "evaluating", "starting")
+ACTIVE = (*RUNNING, "queued again", "queued", "waiting")
+"""States that change without anybody's help."""
+
+_MAX_DEPTH = 4
+_QUIET_S = 300.0
+"""No news for so long is worth a word, and for ten times as long as lines were apart before."""
+_FIRST_NEWS_S = 900.0
+"""The first line and the final evaluation may take longer: packages, the first compilation, every sample once."""
+
+_PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_HELD = {
+    "JobHeldUser": "the job is held: scontrol release {job}",
+    "JobHeldAdmin": "SLURM holds the job (scontrol show job {job} says why): scontrol release {job}",
+    "PartitionTimeLimit": "it asks for more time than the partition gives: scontrol update job {job} TimeLimit=..",
+    "BadConstraints": "no node has what it asks for: scancel {job}, mend site.env, submit again",
+    "DependencyNeverSatisfied": "what it waits for will not come{after}: scancel {job}, mend that, submit again",
+}
+"""Reasons for which a job waits for ever, and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job of a run; `state` is empty where it is not in the queue, or nobody can ask."""
+
+    job: str
+    state: str = ""
+    reason: str = ""
+    time_left_s: int | None = None
+    nodes: str = ""
+    restarts: int = 0
+    after: tuple[str, ...] = ()
+    log: str = ""
+
+    @property
+    def pends(self) -> bool:
+        return self.state in _PENDING
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is shown of a run. Times are seconds of the epoch, ages and durations seconds; None: not known."""
+
+    name: str
+    folder: Path
+    state: str
+    """starting, running, evaluating (all steps are done), queued, queued again, waiting (for another run), done,
+    interrupted, failed, or lost: it has not said how it ended, and nothing goes on."""
+    step: int | None = None
+    total: int | None = None
+    steps_per_s: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+    finish: float | None = None
+    news_age_s: float | None = None
+    ended: float | None = None
+    metric: str | None = None
+    value: float | None = None
+    jobs: tuple[Job, ...] = ()
+    """The one that the run is in or waits for first, then others that are in the queue."""
+    advice: str = ""
+    """What is wrong and what to do; empty where all is well."""
+    stale_targets: int = 0
+    """Files that tell Prometheus to ask ranks that are gone."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether waiting for it makes sense."""
+        return self.state in ACTIVE and not any(job.reason in _HELD for job in self.jobs[:1])
+
+    def for_scripts(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def look(paths: Sequence[Path], queue: Mapping[str, QueuedJob] | None, now: float) -> list[Row]:
+    """A row for each run among and below `paths`: running ones first, then those that wait, then the newest ending.
+
+    Args:
+        queue: the user's jobs by id, asked before this call so that a run that ends meanwhile is not taken for lost;
+            None where it cannot be asked.
+        now: seconds of the epoch.
+
+    Raises:
+        DataError: a path does not exist, or there is no run at or below it.
+    """
+    rows = [_row(name, folder, queue, now) for name, folder in find(paths).items()]
+    return sorted((_in_turn(row, rows) for row in rows), key=_order)
+
+
+def find(paths: Sequence[Path]) -> dict[str, Path]:
+    """The run folders among and below `paths` by name, submitted ones that have not begun included.
+
+    Raises:
+        DataError: a path does not exist, or there is no run at or below it.
+    """
+    found: dict[Path, str] = {}
+    for path in paths:
+        if not path.is_dir():
+            state = "is a file, not a folder" if path.exists() else "does not exist"
+            raise DataError(f"{path} {state}; name a run folder, or a folder of run folders such as runs/")
+        below = _runs_below(path, _MAX_DEPTH)
+        if not below:
+            raise DataError(f"no run found at or below {path}; `distkd submit` and `distkd train CONFIG` make one")
+        for folder in below:
+            found.setdefault(folder.resolve(), str(folder.relative_to(path)) if folder != path else folder.name)
+    names = list(found.values())
+    return {name if names.count(name) == 1 else str(folder): folder for folder, name in found.items()}
+
+
+def _runs_below(folder: Path, depth: int) -> list[Path]:
+    if (folder / "config.yaml").is_file() or (folder / "jobs.jsonl").is_file():
+        return [folder]
+    if depth == 0:
+        return []
+    try:
+        children = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except PermissionError:  # somebody else's
+        return []
+    # the folder of a submission has copies of configs, which are no runs
+    inside = [child for child in children if not child.name.startswith((".", "submitted-"))]
+    return [run for child in inside for run in _runs_below(child, depth - 1)]
+
+
+def _row(name: str, folder: Path, queue: Mapping[str, QueuedJob] | None, now: float) -> Row:
+    jobs, at = _jobs(folder, queue), read_position(folder)
+    asked = queue is not None and folder.stat().st_uid == os.getuid()  # the queue was asked for this user's jobs only
+    state, advice = _judge(at, jobs[0] if jobs else None, asked=asked, now=now)
+    running = [job.job for job in queue.values() if job.state not in _PENDING] if queue is not None and asked else None
+    rate = at.rate if state == "running" else None
+    age_s = None if at.news is None else max(0.0, now - at.news)
+    eta_s = None
+    if rate is not None and at.step is not None and at.total is not None and age_s is not None and not advice:
+        eta_s = max(0.0, (at.total - at.step) / rate.steps_per_s - age_s)
+    return Row(
+        name=name,
+        folder=folder,
+        state=state,
+        step=at.step,
+        total=at.step if state == "done" and at.total is None else at.total,
+        steps_per_s=None if rate is None else rate.steps_per_s,
+        samples_per_s=None if rate is None else rate.samples_per_s,
+        eta_s=eta_s,
+        finish=None if eta_s is None else now + eta_s,
+        news_age_s=age_s,
+        ended=at.ended,
+        metric=at.metric,
+        value=at.value,
+        jobs=() if state == "done" else jobs,
+        advice=advice,
+        stale_targets=_stale_targets(folder, state, running),
+    )
+
+
+def _jobs(folder: Path, queue: Mapping[str, QueuedJob] | None) -> tuple[Job, ...]:
+    """The newest job that is in the queue, otherwise the newest; then the others of the queue."""
+    known: dict[str, Job] = {}
+    for line in read_jobs(folder):
+        name = str(line.get("job", ""))
+        job = known.pop(name, Job(name))
+        if line.get("event") == "started":
+            job = replace(job, restarts=int(line.get("restart") or 0))
+        else:
+            job = replace(job, after=tuple(map(str, line.get("after") or ())), log=str(line.get("log") or ""))
+        known[name] = job
+    newest_first = list(reversed(known.values()))
+    waiting = [_asked(job, queue[job.job]) for job in newest_first if queue is not None and job.job in queue]
+    return tuple(waiting or newest_first[:1])
+
+
+def _asked(job: Job, found: QueuedJob) -> Job:
+    return replace(job, state=found.state, reason=found.reason, time_left_s=found.time_left_s, nodes=found.nodes)
+
+
+def _judge(at: Position, job: Job | None, *, asked: bool, now: float) -> tuple[str, str]:
+    """State and advice.
+
+    Args:
+        asked: whether a job that is not in the queue is known to be gone.
+    """
+    if at.ending == "done":
+        return "done", ""
+    if job is not None and job.pends:
+        return _pending(at, job)
+    if job is not None and job.state:
+        if at.job != job.job or at.ending == "interrupted":
+            return "starting", ""
+        if at.ending == "failed":
+            return "failed", _failure(at)
+        return _going(at, job, now)
+    if at.ending == "failed":
+        return "failed", _failure(at)
+    if at.ending == "interrupted":
+        return "interrupted", "the same command, or `distkd submit`, goes on from its checkpoint"
+    if at.started is None and job is not None:
+        if not asked:
+            return "queued", ""
+        return "lost", f"job {job.job} left the queue before the run began{_see(job)}; submit again"
+    if asked and at.job is not None:
+        see = _see(job) if job is not None else ""
+        return "lost", f"job {at.job} is gone and the run has not said how it ended{see}; submit again to resume"
+    state, advice = _going(at, None, now)
+    return ("lost", f"{advice}; if it no longer runs, start it again to resume") if advice else (state, "")
+
+
+def _pending(at: Position, job: Job) -> tuple[str, str]:
+    after = f" (job {', '.join(job.after)})" if job.after else ""
+    advice = _HELD[job.reason].format(job=job.job, after=after) if job.reason in _HELD else ""
+    if at.started is not None:
+        return "queued again", advice
+    return "waiting" if job.reason.startswith("Dependency") else "queued", advice
+
+
+def _going(at: Position, job: Job | None, now: float) -> tuple[str, str]:
+    """Of a run that has begun and not said that it ended: what it does, and a word when it has been silent for long."""
+    is_last = at.step is not None and at.total is not None and at.step >= at.total
+    age_s = 0.0 if at.news is None else now - at.news
+    patience_s = _FIRST_NEWS_S if is_last or at.rate is None else _QUIET_S
+    if at.rate is not None:
+        patience_s = max(patience_s, 10 * at.rate.gap_s)
+    state = "evaluating" if is_last else "running"
+    if age_s <= patience_s:
+        return state, ""
+    before = f", lines came every {duration(at.rate.gap_s)} or sooner before" if at.rate is not None else ""
+    return state, f"no news for {duration(age_s)}{before}{_see(job) if job is not None else ''}"
+
+
+def _failure(at: Position) -> str:
+    message = " ".join(str(at.outcome.get("message") or "").split())
+    kind = at.outcome.get("kind")
+    return message or f"it ended with an error of kind {kind}; see its log"
+
+
+def _see(job: Job) -> str:
+    return f", see {job.log}" if job.log else ""
+
+
+def _in_turn(row: Row, rows: Sequence[Row]) -> Row:
+    """A stage that has not begun although its job runs: it waits for the one that is on its way there."""
+    if row.state != "starting" or row.step is not None:
+        return row
+    busy = any(
+        other is not row and other.state in ("running", "evaluating") and _same_job(row, other) for other in rows
+    )
+    return replace(row, state="waiting") if busy else row
+
+
+def _same_job(one: Row, other: Row) -> bool:
+    return bool(one.jobs and other.jobs) and one.jobs[0].job == other.jobs[0].job
+
+
+def _stale_targets(folder: Path, state: str, running: Collection[str] | None) -> int:
+    """How many ranks Prometheus still asks although nobody answers; a start of the run clears them, too."""
+    if state in RUNNING:
+        return 0
+    return len(stale(folder, ended=state not in ACTIVE, running_jobs=running))
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    if row.state in ACTIVE:
+        numbers = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", row.name)]
+        return (int(row.state not in RUNNING), 0.0, numbers)
+    return (2, -(row.ended or 0.0), [])
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"

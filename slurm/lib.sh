@@ -1,0 +1,186 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts beside it: what a job needs, how its ranks are started, warned, and judged.
+# They set $home, the clone.
+
+script=slurm/$(basename "${script:?the batch script says its name}")
+# shellcheck source=launch/lib.sh
+source "$home/launch/lib.sh"
+home=$(cd "$home" && pwd)
+options="" warned="" killed="" code=0
+
+# say TEXT: to the job's log, with time, job and attempt
+say() {
+    printf '[%s job %s attempt %s] %s\n' "$(date '+%F %T')" "$job" "$attempt" "$*"
+}
+
+# need_job "$@": whether this runs as a job; outside of one, say what to type instead, and stop
+need_job() {
+    local words
+    [[ $# -gt 0 && $1 != -h && $1 != --help ]] || { usage && exit $(($# == 0 ? 2 : 0)); }
+    [[ -z ${SLURM_JOB_ID:-} ]] || return 0
+    words=$(printf ' %q' "$@")
+    if command -v sbatch >/dev/null; then
+        fail "this is a job script; submit it:  sbatch $script$words   or, with the jobs that follow:  distkd submit$words"
+    fi
+    fail "there is no SLURM here (no sbatch); on this machine:  launch/workstation.sh$words   several without a batch \
+system: launch/multinode.sh --help"
+}
+
+# read_site: the site's settings; what is already in the environment wins
+read_site() {
+    local given site=${DISTKD_SITE:-}
+    [[ -n $site || ! -f $home/slurm/site.env ]] || site=$home/slurm/site.env
+    [[ -n $site ]] || return 0
+    [[ -f $site ]] || fail "DISTKD_SITE names no file: $site; copy slurm/site.env.example and fill it in"
+    given=$(export -p | sed -n 's/^declare -x \(DISTKD_[A-Z_]*=\)/export \1/p')
+    set -a
+    # shellcheck source=/dev/null
+    source "$site"
+    set +a
+    eval "$given"
+}
+
+# load_software: modules and setup of the site, and the interpreter; the tools of others do not bear strict shells
+load_software() {
+    set +eu
+    if [[ -n ${DISTKD_MODULES:-} ]]; then
+        # shellcheck source=/dev/null
+        type module >/dev/null 2>&1 || source /etc/profile.d/modules.sh || source /etc/profile.d/lmod.sh
+        # shellcheck disable=SC2086  # several words
+        module load $DISTKD_MODULES || fail "module load $DISTKD_MODULES failed (DISTKD_MODULES of the site's settings)"
+    fi
+    # shellcheck source=/dev/null
+    [[ -z ${DISTKD_SETUP:-} ]] || source "$DISTKD_SETUP" || fail "DISTKD_SETUP=$DISTKD_SETUP failed"
+    set -eu
+    read -ra container <<<"${DISTKD_CONTAINER:-}"
+    python=${DISTKD_PYTHON:-$python}
+    export DISTKD_PYTHON=$python
+    "${container[@]}" "$python" -c 'import sys; assert sys.version_info >= (3, 11)' ||
+        fail "'${DISTKD_CONTAINER:-} $python' is no Python 3.11 on $(hostname); run make venv in $home where the nodes see \
+it, or set DISTKD_PYTHON or DISTKD_CONTAINER (slurm/site.env.example)"
+}
+
+# address_of NODE: its name where it resolves, the address that SLURM knows otherwise
+address_of() {
+    if getent hosts "$1" >/dev/null; then
+        printf '%s' "$1"
+    else
+        scontrol show node "$1" | sed -n '/NodeAddr=/{s/.*NodeAddr=\([^ ]*\).*/\1/p;q}'
+    fi
+}
+
+# begin "$@": everything that the ranks need, in the environment; the job's folder; the traps
+begin() {
+    local nodes
+    need_job "$@"
+    read_site
+    load_software
+    attempt=${SLURM_RESTART_COUNT:-0} # unset in the first run
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+    job=${job:-$SLURM_JOB_ID}
+    root=$(value_of --run.root "$@")
+    folder=${DISTKD_JOBS:-${root:-runs}/slurm}/$job
+    mkdir -p "$folder/notes.$attempt" "$folder/logs.$attempt"
+    folder=$(cd "$folder" && pwd)
+    rm -f "$folder/notes.$attempt"/*
+
+    # the ranks look into it: whatever stands there means stop
+    export DISTKD_STOP_FILE=$folder/stop.$attempt DISTKD_NOTES=$folder/notes.$attempt DISTKD_LOGS=$folder/logs.$attempt
+    : >"$DISTKD_STOP_FILE"
+    trap 'warned=yes; stop "USR1: the end of this attempt is near"' USR1
+    trap 'killed=yes; stop "TERM: SLURM ends this job"' TERM
+
+    readarray -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=$(address_of "${nodes[0]}")
+    NPROC=${DISTKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    export MASTER_ADDR NPROC PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(share "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" "$NPROC")}
+    # a step of srun does not inherit it since 22.05
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    if [[ -n ${DISTKD_INTERFACE:-} ]]; then # gloo takes one exact name, NCCL a pattern
+        export GLOO_SOCKET_IFNAME=$DISTKD_INTERFACE NCCL_SOCKET_IFNAME="=$DISTKD_INTERFACE"
+    fi
+    options=()
+    [[ -z ${DISTKD_SCRATCH:-} ]] || options+=(--data.scratch "$DISTKD_SCRATCH") # its $NAMES are the node's
+    [[ -z ${DISTKD_METRICS:-} ]] || options+=(--metrics.export "$DISTKD_METRICS")
+    say "nodes $SLURM_JOB_NODELIST, $NPROC ranks each with $OMP_NUM_THREADS threads, master $MASTER_ADDR," \
+        "interface ${DISTKD_INTERFACE:-chosen by the libraries}, folder $folder"
+}
+
+# share CORES RANKS: cores of a rank
+share() {
+    echo $(($1 > $2 ? $1 / $2 : 1))
+}
+
+# stop WHY: ask the ranks to stop; they agree on a step and write a checkpoint
+stop() {
+    say "asks the ranks to stop: $1"
+    echo "$1" >>"$DISTKD_STOP_FILE"
+}
+
+# on_nodes COMMAND...: run it once on every node and wait for its end however often a signal interrupts; leaves $code
+steps=0
+on_nodes() {
+    local child srun=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --label --unbuffered)
+    if [[ -n ${DISTKD_ELASTIC:-} ]]; then
+        srun+=(--no-kill --kill-on-bad-exit=0 --wait=0)
+    else
+        srun+=(--kill-on-bad-exit=1 --wait=300)
+    fi
+    # another port for each attempt and step, below those that the system gives to clients
+    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt % 4 * 4 + steps % 4) % 20000))
+    steps=$((steps + 1))
+    srun "${srun[@]}" "$@" &
+    child=$!
+    code=0
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+}
+
+# stage_in ARGUMENTS...: copy the shards to the nodes' own disks, before there are ranks that wait for each other
+stage_in() {
+    code=0
+    [[ -n ${DISTKD_SCRATCH:-} ]] || return 0
+    say "copies shards to $DISTKD_SCRATCH of each node"
+    on_nodes "${container[@]}" "$python" -m distkd.cli train "$@" "${options[@]}" --stage-in
+}
+
+# train ARGUMENTS...: one `distkd train` over all nodes; leaves in $code how its ranks ended
+train() {
+    stage_in "$@"
+    [[ $code -eq 0 ]] || return 0
+    on_nodes "$BASH" "$home/slurm/node.sh" "$@" "${options[@]}"
+    local launched=$code
+    code=0
+    "${container[@]}" "$python" "$home/launch/exit_code.py" --torchrun "$launched" --notes "$DISTKD_NOTES" || code=$?
+}
+
+# withdraw: remove what killed ranks have announced to Prometheus
+withdraw() {
+    local note
+    for note in "$DISTKD_NOTES"/run-*; do
+        [[ ! -f $note ]] || "${container[@]}" "$python" -m distkd.metrics.targets --remove "$(<"$note")" --job "$job" || true
+    done
+}
+
+# finish: requeue this job or leave it, with the code of the last step; does not return
+finish() {
+    local words=(--code "$code" --notes "$DISTKD_NOTES" --past "$folder/requeues.json")
+    words+=(--max-failures "${DISTKD_MAX_FAILURES:-3}" --max-requeues "${DISTKD_MAX_REQUEUES:-100}")
+    # interrupted, and not by this shell: some sites announce a pre-emption to the ranks alone
+    [[ $code -ne 3 || -s $DISTKD_STOP_FILE ]] || warned=yes
+    [[ -z $warned ]] || words+=(--warned)
+    [[ -z $killed ]] || words+=(--killed)
+    [[ ${DISTKD_METRICS:-off} == off ]] || withdraw
+    say "the ranks ended with $code (0 done, 2 user error, 3 interrupted with a complete checkpoint, 1 anything else)"
+    if "${container[@]}" "$python" -m distkd.slurm.requeue "${words[@]}"; then
+        trap '' TERM
+        # SLURM ends this script; where it does not, requeueing is forbidden here
+        scontrol requeue "$SLURM_JOB_ID" && sleep 300
+        say "cannot be requeued by itself; submit it again to go on from the last checkpoint"
+    fi
+    exit "$code"
+}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# One node of a job: srun starts it once on each, it starts torchrun, which starts the ranks.
+set -euo pipefail
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+read -ra container <<<"${DISTKD_CONTAINER:-}"
+
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+if ((NPROC * OMP_NUM_THREADS > cores)); then
+    echo "warning: $(hostname) lets this job use $cores cores for $NPROC ranks with $OMP_NUM_THREADS threads each:" \
+        "ask for more (sbatch --cpus-per-task), or set OMP_NUM_THREADS" >&2
+fi
+
+export NODE_RANK=$SLURM_NODEID NODES=$SLURM_NNODES RENDEZVOUS=static LOG_DIR=$DISTKD_LOGS/node-$SLURM_NODEID
+# shellcheck disable=SC2016  # torch fills it in
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[${role_name} ${rank}] '
+if [[ -n ${DISTKD_ELASTIC:-} ]]; then
+    export NODES=$DISTKD_ELASTIC:$SLURM_NNODES RENDEZVOUS=c10d RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+fi
+mkdir -p "$LOG_DIR"
+code=0
+"${container[@]}" "$BASH" "$home/launch/multinode.sh" "$@" || code=$?
+# a polite stop is no failure: srun would end the nodes that still write the checkpoint
+[[ $code -ne 3 ]] || code=0
+exit "$code"

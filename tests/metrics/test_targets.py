@@ -1,0 +1,162 @@
+"""Target files: in the form that Prometheus reads, gone with their process, known as stale where it was killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distkd.metrics import targets
+
+LABELS = {"run": "r", "attempt": "1", targets.JOB: ""}
+
+
+def _announced(run: Path, rank: int = 0, program: str = "", **labels: str) -> subprocess.Popen[str]:
+    """A process that has announced itself as a rank, and lives until its standard input closes."""
+    about = {**LABELS, **labels}
+    code = (
+        "import sys; from pathlib import Path; from distkd.metrics import targets\n"
+        f"path = targets.write(Path({str(run)!r}), {rank}, '127.0.0.1:1', {about!r})\n"
+        "print('ready', flush=True); sys.stdin.read()\n" + program
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def _end(process: subprocess.Popen[str], number: signal.Signals | None = None) -> None:
+    if number is not None:
+        process.send_signal(number)
+    process.communicate(timeout=60)
+
+
+def test_a_file_is_one_target_group_that_one_glob_finds_for_all_runs(tmp_path: Path):
+    path = targets.write(tmp_path / "run", 3, "10.0.0.7:9103", {**LABELS, targets.JOB: "17_3"})
+    assert path == tmp_path / "run" / "prometheus" / "rank-00003.json"
+    [copy] = tmp_path.glob("prometheus/*.json")
+    assert copy.name == "run.rank-00003.json"
+    assert copy.read_bytes() == path.read_bytes()
+    [group] = json.loads(path.read_text())
+    assert group["targets"] == ["10.0.0.7:9103"]
+    kept = {name: value for name, value in group["labels"].items() if not name.startswith("__meta_")}
+    assert kept == {"run": "r", "attempt": "1", "slurm_job": "17_3", "rank": "3"}  # `job` is Prometheus' own
+    assert [path.name for path in path.parent.iterdir()] == ["rank-00003.json"]
+
+
+def test_a_process_withdraws_its_own_file_and_not_that_of_its_successor(tmp_path: Path):
+    run = tmp_path / "run"
+    first = _announced(run, program=f"targets.remove_own(Path({str(run)!r}), 0)\n")
+    targets.write(run, 0, "127.0.0.1:2", LABELS)
+    _end(first)
+    assert first.returncode == 0
+    found = list(tmp_path.rglob("*.json"))
+    assert [json.loads(path.read_text())[0]["targets"] for path in found] == [["127.0.0.1:2"]] * 2
+    targets.remove_own(run, 0)
+    assert not list(tmp_path.rglob("*.json"))
+    targets.remove_own(run, 0)  # a second time does no harm
+
+
+def test_a_killed_process_leaves_a_stale_file(tmp_path: Path):
+    process = _announced(tmp_path)
+    assert targets.stale(tmp_path, ended=False, running_jobs=None) == []
+    process.kill()
+    process.communicate(timeout=60)
+    assert [path.name for path in targets.stale(tmp_path, ended=False, running_jobs=None)] == ["rank-00000.json"]
+
+
+def test_a_zombie_and_another_process_of_the_same_number_do_not_count_as_alive(tmp_path: Path):
+    process = _announced(tmp_path)
+    path = tmp_path / "prometheus" / "rank-00000.json"
+    written = path.read_text()
+    [group] = json.loads(written)
+    process_label = next(name for name in group["labels"] if name.startswith("__meta_"))
+    group["labels"][process_label] += "1"  # started at another time
+    path.write_text(json.dumps([group]))
+    assert targets.stale(tmp_path, ended=False, running_jobs=None) == [path]
+    path.write_text(written)
+    process.kill()
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        pass  # killed, not yet waited for
+    assert targets.stale(tmp_path, ended=False, running_jobs=None) == [path]
+    process.communicate(timeout=60)
+
+
+def test_of_a_process_on_another_machine_nothing_is_known(tmp_path: Path):
+    process = _announced(tmp_path, slurm_job="17")
+    _end(process, signal.SIGKILL)
+    path = tmp_path / "prometheus" / "rank-00000.json"
+    [group] = json.loads(path.read_text())
+    process_label = next(name for name in group["labels"] if name.startswith("__meta_"))
+    group["labels"][process_label] = "another-boot/pid:[1] 1 1"
+    path.write_text(json.dumps([group]))
+    assert targets.stale(tmp_path, ended=False, running_jobs=None) == []
+    assert targets.stale(tmp_path, ended=False, running_jobs={"17"}) == []
+    assert targets.stale(tmp_path, ended=False, running_jobs={"18"}) == [path]  # but of its job
+    assert targets.stale(tmp_path, ended=True, running_jobs={"17"}) == [path]
+
+
+def test_without_a_job_the_queue_says_nothing(tmp_path: Path):
+    targets.write(tmp_path, 0, "127.0.0.1:1", LABELS)
+    assert targets.stale(tmp_path, ended=False, running_jobs=()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '[{"targets": []}]', '[{"labels": 3}]'])
+def test_a_file_of_somebody_else_is_stale_only_where_the_run_has_ended(tmp_path: Path, text: str):
+    path = tmp_path / "prometheus" / "rank-00000.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    assert targets.stale(tmp_path, ended=False, running_jobs={"17"}) == []
+    assert targets.stale(tmp_path, ended=True, running_jobs=None) == [path]
+    assert targets.remove(tmp_path, job="17") == []
+    assert targets.remove(tmp_path) == [path]
+
+
+def test_remove_takes_one_job_or_one_attempt_or_all(tmp_path: Path):
+    run, beside = tmp_path / "run[1]", tmp_path / "run"  # a name is no pattern
+    targets.write(beside, 0, "127.0.0.1:1", LABELS)
+    for rank, (job, attempt) in enumerate([("17", "1"), ("17", "2"), ("18", "1")]):
+        targets.write(run, rank, "127.0.0.1:1", {**LABELS, targets.JOB: job, "attempt": attempt})
+    torn = run / "prometheus" / ".rank-00009.json.4711"
+    torn.write_text("[")
+
+    def removed(**which: Any) -> list[str]:
+        return [path.name for path in targets.remove(run, **which)]
+
+    assert removed(job="17", attempt=2) == ["rank-00001.json", "run[1].rank-00001.json"]
+    assert removed(job="17") == ["rank-00000.json", "run[1].rank-00000.json"]
+    assert torn.exists()  # perhaps it is being written
+    assert removed() == ["rank-00002.json", "run[1].rank-00002.json"]
+    assert not torn.exists()
+    assert targets.remove(tmp_path / "absent") == []
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distkd.metrics.targets", "--remove", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_batch_script_clears_its_own_job_below_a_folder_of_runs(tmp_path: Path):
+    runs = [tmp_path / "teacher", tmp_path / "study" / "fold-1"]
+    for run, job in ((runs[0], "17"), (runs[0], "18"), (runs[1], "17")):
+        targets.write(run, int(job), "127.0.0.1:1", {**LABELS, targets.JOB: job})
+    everywhere = _command(tmp_path)
+    assert (everywhere.returncode, everywhere.stdout) == (0, "")  # not those of other jobs, without being asked
+    ended = _command(tmp_path, "--job", "17")
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == 4
+    assert {path.name for path in tmp_path.rglob("*.json")} == {"rank-00018.json", "teacher.rank-00018.json"}
+    _command(runs[0])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_targets_do_without_heavy_imports():
+    code = "import sys; from distkd.metrics import targets; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert said.stdout == "set()\n", said.stderr

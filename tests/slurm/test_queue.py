@@ -1,0 +1,58 @@
+"""What `squeue` says as values, and nothing where it says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distkd.slurm.queue import QueuedJob, queued
+
+SAYS = """\
+17|RUNNING|None|1-02:03:04|n[1-2]
+18_3|PENDING|Dependency|4:00:00|
+18_4|PENDING|DependencyNeverSatisfied|UNLIMITED|
+19|COMPLETING|None|INVALID|n3
+"""
+
+
+def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_jobs_and_tasks_have_state_reason_time_and_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in(tmp_path, f"cat <<'END'\n{SAYS}END", monkeypatch)
+    assert queued() == {
+        "17": QueuedJob("17", "RUNNING", "", 93784, "n[1-2]"),
+        "18_3": QueuedJob("18_3", "PENDING", "Dependency", 14400, ""),
+        "18_4": QueuedJob("18_4", "PENDING", "DependencyNeverSatisfied", None, ""),
+        "19": QueuedJob("19", "COMPLETING", "", None, "n3"),
+    }
+
+
+def test_some_ids_are_those_and_an_arrays_id_means_all_of_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in(tmp_path, f"cat <<'END'\n{SAYS}END", monkeypatch)
+    assert list(queued(["18"]) or ()) == ["18_3", "18_4"]
+    assert list(queued(["18_4", "17", "1"]) or ()) == ["17", "18_4"]
+    assert queued([]) == {}
+
+
+def test_settings_of_squeue_hide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    stand_in(tmp_path, 'echo "17|${SQUEUE_STATES:-unset}|None|1:00|"', monkeypatch)
+    assert (queued() or {})["17"].state == "unset"
+
+
+@pytest.mark.parametrize("script", ["echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", ""])
+def test_a_controller_that_does_not_answer_is_not_an_empty_queue(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in(tmp_path, script, monkeypatch)
+    assert queued() == (None if script else {})
+
+
+def test_without_squeue_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queued() is None
