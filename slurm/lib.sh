@@ -6,7 +6,7 @@ script=slurm/$(basename "${script:?the batch script says its name}")
 # shellcheck source=launch/lib.sh
 source "$home/launch/lib.sh"
 home=$(cd "$home" && pwd)
-options="" warned="" killed="" code=0
+options="" warned="" killed="" code=0 steps=0
 
 # say TEXT: to the job's log, with time, job and attempt
 say() {
@@ -103,7 +103,7 @@ begin() {
     options=()
     [[ -z ${DISTKD_SCRATCH:-} ]] || options+=(--data.scratch "$DISTKD_SCRATCH") # its $NAMES are the node's
     [[ -z ${DISTKD_METRICS:-} ]] || options+=(--metrics.export "$DISTKD_METRICS")
-    say "nodes $SLURM_JOB_NODELIST, $NPROC ranks each with $OMP_NUM_THREADS threads, master $MASTER_ADDR," \
+    say "nodes $SLURM_JOB_NODELIST, $NPROC ranks each with $OMP_NUM_THREADS threads," \
         "interface ${DISTKD_INTERFACE:-chosen by the libraries}, folder $folder"
 }
 
@@ -119,7 +119,6 @@ stop() {
 }
 
 # on_nodes COMMAND...: run it once on every node and wait for its end however often a signal interrupts; leaves $code
-steps=0
 on_nodes() {
     local child srun=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --label --unbuffered)
     if [[ -n ${DISTKD_ELASTIC:-} ]]; then
@@ -127,9 +126,6 @@ on_nodes() {
     else
         srun+=(--kill-on-bad-exit=1 --wait=300)
     fi
-    # another port for each attempt and step, below those that the system gives to clients
-    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt % 4 * 4 + steps % 4) % 20000))
-    steps=$((steps + 1))
     srun "${srun[@]}" "$@" &
     child=$!
     code=0
@@ -152,6 +148,10 @@ stage_in() {
 train() {
     stage_in "$@"
     [[ $code -eq 0 ]] || return 0
+    # another port for each attempt and step, below those that the system gives to clients
+    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt % 4 * 4 + steps % 4) % 20000))
+    steps=$((steps + 1))
+    say "the ranks meet at $MASTER_ADDR:$MASTER_PORT"
     on_nodes "$BASH" "$home/slurm/node.sh" "$@" "${options[@]}"
     local launched=$code
     code=0

@@ -1,0 +1,93 @@
+"""Training jobs of the tests on a cluster: submit one, wait for a step of it, and hold its ranks while something happens.
+
+A rank that is held (SIGSTOP) is to everybody else one whose step lasts long. So whatever is to happen in the middle of
+a run does happen there, however fast or busy the machine is, and waiting costs no time of a core.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from distkd.allocation import Allocation
+from tests.launch import folders
+from tests.launch.processes import PATIENCE_S, REPOSITORY
+from tests.slurm.cluster import FINAL, Cluster
+from tests.slurm.members import send
+
+__all__ = ["SCRIPTS", "hold", "is_pending", "release", "running_ranks", "start", "wait_for_step"]
+
+SCRIPTS = REPOSITORY / "slurm"
+_POLL_S = 0.02
+
+
+def start(
+    cluster: Cluster,
+    *arguments: str | Path,
+    script: str = "train.sbatch",
+    nodes: int = 1,
+    ranks: int = 1,
+    options: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> str:
+    """Submit a script of `slurm/` with configs and overrides, for so many nodes with so many ranks each; the job's id."""
+    return cluster.submit(
+        SCRIPTS / script,
+        *arguments,
+        options=[f"--nodes={nodes}", *options],
+        environ={"DISTKD_RANKS_PER_NODE": str(ranks), **(environ or {})},
+        cwd=cwd,
+    )
+
+
+def running_ranks(cluster: Cluster, job: str, node: str | None = None) -> dict[int, int]:
+    """Process ids of the ranks of a job, or of those on one node, by rank. `job` is an id as people see it."""
+    found: dict[int, int] = {}
+    for member in cluster.members(node):
+        allocation = Allocation.from_environment(member.environ)
+        if not member.daemon and "RANK" in member.environ and allocation is not None and allocation.job == job:
+            found.setdefault(int(member.environ["RANK"]), member.pid)  # a rank is older than what it starts
+    return found
+
+
+def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int) -> None:
+    """Until the run in this folder has taken that step.
+
+    Raises:
+        AssertionError: the job ended before, or did not get there, with its log.
+    """
+    end, looked = time.monotonic() + PATIENCE_S, time.monotonic()
+    while folders.last_line(folder)["step"] < step:
+        now = time.monotonic()
+        if now - looked > 1:
+            looked = now
+            assert cluster.state(job) not in FINAL, f"job {job} ended before step {step}\n{cluster.report(job)}"
+        assert now < end, f"job {job} does not reach step {step}\n{cluster.report(job)}"
+        time.sleep(_POLL_S)  # polling other processes, not waiting for luck
+
+
+def hold(cluster: Cluster, job: str, folder: Path, step: int, ranks: int) -> dict[int, int]:
+    """Stop all ranks, of which there are so many, from running once this step is taken; their process ids by rank."""
+    wait_for_step(cluster, job, folder, step)
+    pids = running_ranks(cluster, job)
+    send(pids.values(), signal.SIGSTOP)
+    assert sorted(pids) == list(range(ranks)), f"ranks {sorted(pids)} run, not {ranks}\n{cluster.report(job)}"
+    return pids
+
+
+def release(pids: Iterable[int]) -> None:
+    """Held ranks go on."""
+    send(pids, signal.SIGCONT)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether this signal waits for a held process to go on; False of one that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
