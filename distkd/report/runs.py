@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from distkd.errors import DataError
 from distkd.metrics.jsonl import read_jsonl
 
 __all__ = ["Evaluation", "Run", "find_runs", "load_run"]
+
+log = logging.getLogger(__name__)
 
 _MAX_DEPTH = 4
 
@@ -110,7 +113,7 @@ _FACTS = ("task", "class_names", "n_samples", "n_patients", "split_rule", "split
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run folders among and below `paths`, sorted, each once.
+    """The run folders among and below `paths`, sorted, each once; runs whose job has not begun are left out and named.
 
     Raises:
         DataError: a path does not exist, or there is no run at or below it.
@@ -121,14 +124,16 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             state = "is a file, not a folder" if path.exists() else "does not exist"
             raise DataError(f"run folder {path} {state}; name a run folder, or a folder of run folders such as runs/")
         below = _runs_below(path, _MAX_DEPTH)
-        if not below:
+        if not below and (path / "jobs.jsonl").is_file():
+            log.warning("run %s is left out: it was submitted and never began", path)
+        elif not below:
             raise DataError(
                 f"no run found at or below {path}: expected a folder with config.yaml in it; "
                 f"`distkd train CONFIG` makes one"
             )
         found |= {folder.resolve(): folder for folder in below}
     if not found:
-        raise DataError("no run folder given; name at least one, or a folder of run folders such as runs/")
+        raise DataError("no run that has begun is named; name a run folder, or a folder of run folders such as runs/")
     return sorted(found.values(), key=str)
 
 

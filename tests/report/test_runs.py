@@ -50,8 +50,20 @@ def test_a_file_is_refused(tmp_path):
         find_runs([tmp_path / "file"])
 
 
+def test_a_run_that_was_submitted_and_never_began_is_left_out_and_named(tmp_path, caplog):
+    begun, waiting = tmp_path / "runs" / "fold-0", tmp_path / "runs" / "fold-1"
+    for folder in (begun, waiting):
+        folder.mkdir(parents=True)
+        (folder / "jobs.jsonl").write_text('{"event": "submitted", "job": "7_1"}\n')
+    (begun / "config.yaml").write_text("run: {name: fold-0}")
+    assert find_runs([begun, waiting]) == [begun]
+    assert f"run {waiting} is left out: it was submitted and never began" in caplog.text
+    with pytest.raises(DataError, match="no run that has begun is named"):
+        find_runs([waiting])
+
+
 def test_no_folder_is_refused():
-    with pytest.raises(DataError, match="no run folder given; name at least one"):
+    with pytest.raises(DataError, match="no run that has begun is named"):
         find_runs([])
 
 

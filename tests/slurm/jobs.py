@@ -1,4 +1,4 @@
-"""Training jobs of the tests on a cluster: submit one, wait for a step of it, and hold its ranks while something happens.
+"""Training jobs of tests on a cluster: submit one, wait for a step of it, hold its ranks while something happens.
 
 A rank that is held (SIGSTOP) is to everybody else one whose step lasts long. So whatever is to happen in the middle of
 a run does happen there, however fast or busy the machine is, and waiting costs no time of a core.
@@ -33,7 +33,7 @@ def start(
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> str:
-    """Submit a script of `slurm/` with configs and overrides, for so many nodes with so many ranks each; the job's id."""
+    """Submit a script of `slurm/` with configs and overrides, for so many nodes with so many ranks each; the id."""
     return cluster.submit(
         SCRIPTS / script,
         *arguments,
