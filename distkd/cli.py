@@ -1,10 +1,9 @@
-"""The command line: thin over the package, one message for a user's error, exit codes that scripts can rely on."""
+"""The command line: arguments in, one message for a user's error, exit codes that scripts can rely on."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import re
@@ -15,21 +14,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from distkd import __version__
-from distkd.errors import ConfigError, DiskError, DistkdError, DivergedError, Interrupted, LostRankError
+from distkd import commands as do
+from distkd.commands import DONE, say
+from distkd.errors import DiskError, DistkdError, DivergedError, Interrupted, LostRankError
 from distkd.world import World
 
-if TYPE_CHECKING:
-    from distkd.data.shardset import ShardSet
-    from distkd.train.settings import Settings
+__all__ = ["DONE", "INTERNAL", "INTERRUPTED", "USER", "main"]
 
-__all__ = ["main"]
-
-DONE, INTERNAL, USER, INTERRUPTED = 0, 1, 2, 3
+INTERNAL, USER, INTERRUPTED = 1, 2, 3
 PIPE = 141
 """As a shell says it of a tool that SIGPIPE ended."""
 
@@ -63,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return PIPE
     except Interrupted as stop:
-        _say(world, str(stop))
+        say(world, str(stop))
         return INTERRUPTED
     except KeyboardInterrupt:
-        _say(world, "stopped at once; the last checkpoint is whole")
+        say(world, "stopped at once; the last checkpoint is whole")
         return INTERRUPTED
     except DistkdError as error:
         if arguments.debug:
@@ -116,11 +110,6 @@ def _let_main_speak(world: World) -> None:
         time.sleep(_MAIN_RANK_SPEAKS_S)
 
 
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(f"distkd: {text}", file=sys.stderr, flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distkd",
@@ -132,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of user errors too")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = _command(commands, "train", _train, "train one stage per config, in order; resumes by itself")
+    train = _command(commands, "train", do.train, "train one stage per config, in order; resumes by itself")
     train.add_argument("config", nargs="+", type=Path, help="YAML files, for example a teacher's and a student's")
     train.add_argument("--folds", type=_numbers, help="repeat for these folds, for example 0-14 or 0,3,7")
     train.add_argument("--seeds", type=_numbers, help="repeat for these seeds, for example 0-4")
@@ -142,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs."
     )
 
-    submit = _command(commands, "submit", _submit, "train by SLURM jobs: teachers first, then students, then a report")
+    submit = _command(commands, "submit", do.submit, "train as SLURM jobs: teachers, then students, then a report")
     submit.add_argument("config", nargs="+", type=Path, help="YAML files, for example a teacher's and a student's")
     submit.add_argument("--folds", type=_numbers, help="an array job over these folds, for example 0-14 or 0,3,7")
     submit.add_argument("--seeds", type=_numbers, help="an array job over these seeds, for example 0-4")
@@ -161,31 +150,31 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
     submit.epilog = "Runs that are done are left out. Any config value can be given as --section.field VALUE."
 
-    evaluate = _command(commands, "eval", _eval, "metrics and predictions of a run's student")
+    evaluate = _command(commands, "eval", do.evaluate, "metrics and predictions of a run's student")
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
 
-    predict = _command(commands, "predict", _predict, "the student on raw files or shards, as the clinic would")
+    predict = _command(commands, "predict", do.predict, "the student on raw files or shards, as the clinic would")
     predict.add_argument("source", type=Path, help="run folder or export folder")
     predict.add_argument(
         "input", nargs="+", type=Path, help="shard set, image files, .npy or .csv files with one row per item"
     )
     predict.add_argument("--output", type=Path, required=True, help="folder for predictions.csv")
 
-    export = _command(commands, "export", _export, "the student alone, with its preprocessing and class names")
+    export = _command(commands, "export", do.export, "the student alone, with its preprocessing and class names")
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument(
         "--format", default="safetensors", choices=("safetensors", "pt2", "onnx"), help="default: safetensors"
     )
     export.add_argument("--output", type=Path, help="folder to write (default: export/ of the run)")
 
-    report = _command(commands, "report", _report, "one HTML page and PNGs of a run or a study")
+    report = _command(commands, "report", do.report, "one HTML page and PNGs of a run or a study")
     report.add_argument("run", nargs="+", type=Path, help="run folders, or folders that contain them")
     report.add_argument("--output", type=Path, help="folder to write (default: report/ of the first argument)")
     report.add_argument("--split", default="test", help="split of the table")
     report.add_argument("--baseline", metavar="METHOD", help="method to compare with instead of the student alone")
 
-    shards = _command(commands, "shards", _shards, "look at a shard set, check every byte of it, or copy it")
+    shards = _command(commands, "shards", do.shards, "look at a shard set, check every byte of it, or copy it")
     shards.add_argument(
         "action", choices=("info", "verify", "show", "copy"), help="numbers, checksums, a picture, a copy"
     )
@@ -199,11 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--samples", nargs="+", metavar="KEY", help="show: these samples instead")
     shards.add_argument("--fold", type=int, help="show: say which split of this fold each sample is in")
 
-    config = _command(commands, "config", _config, "the resolved config")
+    config = _command(commands, "config", do.config, "the resolved config")
     config.add_argument("config", nargs="?", type=Path, help="YAML file")
     config.add_argument("--schema", action="store_true", help="print the JSON schema of config files for editors")
 
-    status = _command(commands, "status", _status, "how far each run is, what its job does, what is wrong")
+    status = _command(commands, "status", do.status, "how far each run is, what its job does, what is wrong")
     status.add_argument("run", nargs="*", type=Path, help="run folders, or folders that contain them (default: runs)")
     status.add_argument("--json", action="store_true", help="an object for each run, for scripts")
     status.add_argument(
@@ -216,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--all", action="store_true", help="a line for each run of a study")
 
-    _command(commands, "doctor", _doctor, "what this machine can do; what is missing and the command that fixes it")
+    _command(commands, "doctor", do.doctor, "what this machine can do; what is missing and the command that fixes it")
     return parser
 
 
@@ -251,248 +240,6 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"cannot read {text!r}; expected a whole number of 1 or more")
     return int(text)
-
-
-def _train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.comm import world as comm
-    from distkd.config import parse_overrides
-    from distkd.train.job import device_of
-    from distkd.train.loop import train
-
-    overrides = parse_overrides(rest)
-    stages = _in_order(list(_loaded(arguments, overrides).values()))
-    if arguments.stage_in:
-        return _stage_in(stages, world)
-    first = stages[0]
-    comm.init(
-        world,
-        device=device_of(first, world),
-        timeout_s=first.engine.timeout_s,
-        debug=first.engine.debug,
-        record=first.folder / "events" / "flight-rank-",
-    )
-    try:
-        for settings in stages:
-            train(settings, world, allow_change=arguments.allow_change)
-    finally:
-        comm.shutdown()
-    return DONE
-
-
-def _stage_in(stages: Sequence[Settings], world: World) -> int:
-    """Copy what the stages would copy to this machine, so that no rank waits for that in a collective."""
-    from distkd.data.manifest import MANIFEST
-    from distkd.data.scratch import local_copy
-    from distkd.train.job import shards_folder
-
-    asking = [stage for stage in stages if stage.data.scratch is not None]
-    if not asking:
-        _say(world, "nothing to copy: data.scratch is not set")
-    for folder, scratch, make in dict.fromkeys((shards_folder(s), str(s.data.scratch), s.data.make) for s in asking):
-        if make is not None and not (folder / MANIFEST).exists():
-            _say(world, f"nothing to copy: training makes shard set {str(folder)!r} first")
-        else:
-            print(local_copy(folder, scratch), flush=True)
-    return DONE
-
-
-def _submit(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.config import parse_overrides
-    from distkd.slurm.submit import Options, Unit, submit
-
-    loaded = _loaded(arguments, parse_overrides(rest))
-    _in_order(list(loaded.values()))  # says what no order of the stages mends
-    units = [
-        Unit(path, fold, seed, settings, _teacher_folders(settings)) for (path, fold, seed), settings in loaded.items()
-    ]
-    names = ("nodes", "ranks_per_node", "time", "together", "elastic", "throttle", "site", "dry_run", "allow_change")
-    given = {name: getattr(arguments, name) for name in names}
-    submit(units, Options(**given, lead_s=arguments.lead, report=not arguments.no_report, words=rest))
-    return DONE
-
-
-def _loaded(
-    arguments: argparse.Namespace, overrides: dict[str, Any]
-) -> dict[tuple[Path, int | None, int | None], Settings]:
-    """The settings of each config, fold and seed that the command line names."""
-    from distkd.config import load
-
-    return {
-        (path, fold, seed): load(path, overrides, fold=fold, seed=seed)
-        for fold in arguments.folds or [None]
-        for seed in arguments.seeds or [None]
-        for path in arguments.config
-    }
-
-
-def _in_order(stages: Sequence[Settings]) -> list[Settings]:
-    """The stages, each after the one whose run it names as its teacher, otherwise in the order given.
-
-    Raises:
-        ConfigError: stages wait for each other, or two different ones mean the same run folder.
-    """
-    of_folder: dict[Path, Settings] = {}
-    for stage in stages:
-        if of_folder.setdefault(stage.folder.resolve(), stage) != stage:
-            raise ConfigError(f"two stages with different configs have the run folder {stage.folder}; give them names")
-    ordered: dict[Path, Settings] = {}
-
-    def place(folder: Path, waiting: tuple[Path, ...]) -> None:
-        if folder in waiting:
-            names = [of_folder[item].run.name for item in (*waiting[waiting.index(folder) :], folder)]
-            raise ConfigError(f"stages wait for each other as teachers: {' -> '.join(names)}; mend a teacher.export")
-        if folder in ordered:
-            return
-        for other in _teacher_folders(of_folder[folder]):
-            if other in of_folder:
-                place(other, (*waiting, folder))
-        ordered[folder] = of_folder[folder]
-
-    for folder in of_folder:
-        place(folder, ())
-    return list(ordered.values())
-
-
-def _teacher_folders(stage: Settings) -> list[Path]:
-    """Run folders that `teacher.export` may mean."""
-    from distkd.train.job import teacher_folder
-
-    if stage.teacher.export is None:
-        return []
-    found = teacher_folder(stage).resolve()
-    return [found, found.parent] if found.name == "export" else [found]
-
-
-def _no_rest(rest: list[str]) -> None:
-    if rest:
-        raise ConfigError(f"unknown argument {rest[0]!r}; see --help")
-
-
-def _eval(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.config import load, parse_overrides
-    from distkd.train.use import evaluate_run
-
-    metrics = evaluate_run(load(_config_of(arguments.run), parse_overrides(rest)), arguments.run, arguments.split)
-    print(json.dumps(metrics, indent=1))
-    return DONE
-
-
-def _config_of(run: Path) -> Path:
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml; name a folder that `distkd train` wrote")
-    return path
-
-
-def _predict(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.train.use import predict_files
-
-    _no_rest(rest)
-    path = predict_files(arguments.source, arguments.input, arguments.output)
-    print(path)
-    return DONE
-
-
-def _export(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.train.use import copy_export
-
-    _no_rest(rest)
-    if arguments.format != "safetensors":
-        raise ConfigError(f"export --format {arguments.format} is not available yet; use --format safetensors")
-    print(copy_export(arguments.run, arguments.output))
-    return DONE
-
-
-def _report(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.report import make_report
-
-    _no_rest(rest)
-    print(make_report(arguments.run, arguments.output, split=arguments.split, baseline=arguments.baseline))
-    return DONE
-
-
-def _shards(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.data.look.opened import opened
-
-    _no_rest(rest)
-    options = {"info": ("json",), "verify": ("threads",), "show": ("output", "per_class", "samples", "fold")}
-    options["copy"] = ("to",)
-    for action, names in options.items():
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
-        if given and action != arguments.action:
-            raise ConfigError(f"{given[0]} is an option of `shards {action}`, not of `shards {arguments.action}`")
-    if arguments.action == "copy":
-        return _copy(arguments)
-    with opened(arguments.folder) as shards:
-        _look(shards, arguments, world)
-    return DONE
-
-
-def _copy(arguments: argparse.Namespace) -> int:
-    from distkd.data.remote.transport import is_url
-    from distkd.data.scratch import copy_set
-
-    if arguments.to is None:
-        raise ConfigError("`shards copy` needs --to FOLDER, a folder on this machine's own disk")
-    if is_url(arguments.folder):
-        raise ConfigError(
-            f"`shards copy` copies a folder, {arguments.folder} is none; what is streamed is kept on a disk of "
-            "this machine by data.stream.cache"
-        )
-    print(copy_set(Path(arguments.folder), arguments.to))
-    return DONE
-
-
-def _look(shards: ShardSet, arguments: argparse.Namespace, world: World) -> None:
-    remote = shards.place != str(shards.folder)
-    if arguments.action == "info":
-        from distkd.data.look.info import info
-        from distkd.data.look.summary import summary
-
-        print(summary(shards).to_json() if arguments.json else info(shards))
-    elif arguments.action == "verify":
-        from distkd.data.look.info import verified
-
-        if remote:
-            shards.verify()  # says why it does not
-        print(verified(shards, arguments.threads))
-    else:
-        from distkd.data.look.show import show
-
-        out = arguments.output or (Path() if remote else shards.folder) / "samples.png"
-        shown = show(shards, out, per_class=arguments.per_class or 4, keys=arguments.samples, fold=arguments.fold)
-        for note in shown.left_out:
-            _say(world, note)
-        print(shown.path)
-
-
-def _config(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.config import load, parse_overrides, schema
-
-    if arguments.schema:
-        print(json.dumps(schema(), indent=1))
-        return DONE
-    if arguments.config is None:
-        raise ConfigError("name a config file, or pass --schema")
-    settings = load(arguments.config, parse_overrides(rest))
-    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), end="")
-    return DONE
-
-
-def _status(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.slurm.table import run
-
-    _no_rest(rest)
-    return run(
-        arguments.run or [Path("runs")], as_json=arguments.json, every_s=arguments.watch, everything=arguments.all
-    )
-
-
-def _doctor(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
-    from distkd.doctor import run
-
-    _no_rest(rest)
-    return run()
 
 
 if __name__ == "__main__":

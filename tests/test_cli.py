@@ -24,6 +24,7 @@ from distkd import __version__, cli, config
 from distkd.base import World
 from distkd.cli import DONE, INTERNAL, INTERRUPTED, USER, main
 from distkd.errors import ConfigError, DataError, DivergedError, Interrupted, LostRankError
+from distkd.stages import in_order
 from distkd.train import loop
 from distkd.train.settings import Settings
 from tests.data.toy import write_toy
@@ -287,7 +288,7 @@ def stage(small: Small, name: str, teacher: str | None = None, **run: Any) -> Se
 
 
 def ordered(stages: list[Settings]) -> list[str]:
-    return [settings.run.name for settings in cli._in_order(stages)]
+    return [settings.run.name for settings in in_order(stages)]
 
 
 def test_an_order_that_is_right_is_kept(small: Small):
