@@ -20,24 +20,24 @@ OURS = ("lost_rank", "diverged", "disk", "internal")
 
 def noted_outcome(notes: Path) -> dict[str, str] | None:
     """How the run ended that the ranks have noted; None where there is none, or it could not say."""
-    runs = [Path(path.read_text()) for path in sorted(notes.glob("run-*"))]
+    runs = [Path(path.read_text()) for path in sorted(notes.glob("**/run-*"))]
     found = [run / "outcome.json" for run in runs if (run / "outcome.json").is_file()]
     return json.loads(found[0].read_text()) if found else None
 
 
 def noted_codes(notes: Path) -> set[int]:
-    """The exit codes that the ranks wrote down."""
-    return {int(path.read_text()) for path in notes.glob("rank-*")}
+    """The exit codes that the ranks wrote down, or the launchers of several nodes for theirs."""
+    return {int(path.read_text()) for path in notes.glob("code-*")}
 
 
 def exit_code(torchrun: int, outcome: dict[str, str] | None, codes: set[int]) -> int:
     """The one code of all ranks.
 
-    A success of the launcher is not enough: one that ends with its node may report it too, and those that restart ranks
-    leave codes of earlier ones behind.
+    The launcher is not believed: one that ends with its node may report a success, one that has lost a node and gone on
+    without it a failure. Those that restart ranks leave codes of earlier ones behind.
     """
     state = outcome["state"] if outcome else None
-    if torchrun == 0 and 0 in codes and state in (None, "done"):
+    if 0 in codes and 2 not in codes and (state == "done" or (state is None and torchrun == 0)):
         return 0
     if outcome is not None and state == "failed":
         return 1 if outcome.get("kind") in OURS else 2

@@ -3,14 +3,20 @@
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# The interpreter that has distkd: an activated environment, the repository's own, or the system's.
-if [[ -n ${VIRTUAL_ENV:-} ]]; then
-    python=$VIRTUAL_ENV/bin/python
-elif [[ -x $here/../.venv/bin/python ]]; then
-    python=$(cd "$here/.." && pwd)/.venv/bin/python
-else
-    python=python3
-fi
+# interpreter: the Python that has distkd: the one that is named, an activated environment, the repository's own, or the
+# system's
+interpreter() {
+    if [[ -n ${DISTKD_PYTHON:-} ]]; then
+        echo "$DISTKD_PYTHON"
+    elif [[ -n ${VIRTUAL_ENV:-} ]]; then
+        echo "$VIRTUAL_ENV/bin/python"
+    elif [[ -x $here/../.venv/bin/python ]]; then
+        echo "$(cd "$here/.." && pwd)/.venv/bin/python"
+    else
+        echo python3
+    fi
+}
+python=$(interpreter)
 
 # A batch system says USR1 or TERM: without this flag USR1 kills torchrun and leaves its ranks behind.
 signals=SIGTERM,SIGINT,SIGUSR1

@@ -19,10 +19,12 @@ def main() -> int:
         return _train()
     if _refused_before(Path(folder)):
         return 2
-    note = Path(folder) / f"rank-{os.environ.get('RANK', '0')}"
+    note = Path(folder) / f"code-{os.environ.get('RANK', '0')}"
     note.unlink(missing_ok=True)
     code = _train()
-    note.write_text(str(code))
+    aside = note.with_name(f".{note.name}")
+    aside.write_text(str(code))
+    aside.replace(note)  # others read while ranks write
     return code
 
 
@@ -48,7 +50,7 @@ def _refused_before(folder: Path) -> bool:
     """A restart after a user's error: it would fail and complain in the same way."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
-    return any(path.read_text() == "2" for path in folder.glob("rank-*"))
+    return any(path.read_text() == "2" for path in folder.glob("code-*"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts beside it: what a job needs, how its ranks are started, warned, and judged.
-# They set $home, the clone.
+# They set $home, the clone, and $script, their name.
 
 script=slurm/$(basename "${script:?the batch script says its name}")
+warned="" killed="" overdue="" timer="" code=0 steps=0 options=() runs=() container=()
+trap 'warned=yes' USR1 # from the first moment on: SLURM ends a script that has no answer
+trap 'killed=yes' TERM
 # shellcheck source=launch/lib.sh
 source "$home/launch/lib.sh"
 home=$(cd "$home" && pwd)
-options="" warned="" killed="" code=0 steps=0
 
 # say TEXT: to the job's log, with time, job and attempt
 say() {
@@ -15,15 +17,33 @@ say() {
 
 # need_job "$@": whether this runs as a job; outside of one, say what to type instead, and stop
 need_job() {
-    local words
+    local words instead follow
     [[ $# -gt 0 && $1 != -h && $1 != --help ]] || { usage && exit $(($# == 0 ? 2 : 0)); }
     [[ -z ${SLURM_JOB_ID:-} ]] || return 0
     words=$(printf ' %q' "$@")
-    if command -v sbatch >/dev/null; then
-        fail "this is a job script; submit it:  sbatch $script$words   or, with the jobs that follow:  distkd submit$words"
+    instead="launch/workstation.sh$words   several without a batch system: launch/multinode.sh --help"
+    follow="with the jobs that follow:  distkd submit$words"
+    if [[ $script == */report.sbatch ]]; then
+        instead="distkd report$words" follow="without a job:  distkd report$words"
     fi
-    fail "there is no SLURM here (no sbatch); on this machine:  launch/workstation.sh$words   several without a batch \
-system: launch/multinode.sh --help"
+    if command -v sbatch >/dev/null; then
+        fail "this is a job script; submit it:  sbatch $script$words   or, $follow"
+    fi
+    fail "there is no SLURM here (no sbatch); on this machine:  $instead"
+}
+
+# identify: $job as people see it and $attempt, as the controller knows them; a job that was submitted from within another
+# one may have that one's variables
+identify() {
+    local facts
+    facts=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID ") || facts=""
+    if [[ -n $facts ]]; then
+        [[ $facts == *" ArrayTaskId="* ]] || unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
+        [[ ! $facts =~ \ Restarts=([0-9]+) ]] || export SLURM_RESTART_COUNT=${BASH_REMATCH[1]}
+    fi
+    attempt=${SLURM_RESTART_COUNT:-0} # unset in the first run
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+    job=${job:-$SLURM_JOB_ID}
 }
 
 # read_site: the site's settings; what is already in the environment wins
@@ -52,12 +72,11 @@ load_software() {
     # shellcheck source=/dev/null
     [[ -z ${DISTKD_SETUP:-} ]] || source "$DISTKD_SETUP" || fail "DISTKD_SETUP=$DISTKD_SETUP failed"
     set -eu
-    read -ra container <<<"${DISTKD_CONTAINER:-}"
-    python=${DISTKD_PYTHON:-$python}
+    eval "container=(${DISTKD_CONTAINER:-})" # its words may be quoted
+    python=$(interpreter)
+    [[ ${#container[@]} -eq 0 || -n ${DISTKD_PYTHON:-} ]] || python=python3 # that of the image
     export DISTKD_PYTHON=$python
-    "${container[@]}" "$python" -c 'import sys; assert sys.version_info >= (3, 11)' ||
-        fail "'${DISTKD_CONTAINER:-} $python' is no Python 3.11 on $(hostname); run make venv in $home where the nodes see \
-it, or set DISTKD_PYTHON or DISTKD_CONTAINER (slurm/site.env.example)"
+    "${container[@]}" "$python" -c 'import sys; assert sys.version_info >= (3, 11)'
 }
 
 # address_of NODE: its name where it resolves, the address that SLURM knows otherwise
@@ -65,62 +84,58 @@ address_of() {
     if getent hosts "$1" >/dev/null; then
         printf '%s' "$1"
     else
-        scontrol show node "$1" | sed -n '/NodeAddr=/{s/.*NodeAddr=\([^ ]*\).*/\1/p;q}'
+        scontrol show node "$1" | sed -n '/NodeAddr=/s/.*NodeAddr=\([^ ]*\).*/\1/p'
     fi
 }
 
 # begin "$@": everything that the ranks need, in the environment; the job's folder; the traps
 begin() {
-    local nodes
+    local nodes root
     need_job "$@"
     read_site
-    load_software
-    attempt=${SLURM_RESTART_COUNT:-0} # unset in the first run
-    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
-    job=${job:-$SLURM_JOB_ID}
+    identify
     root=$(value_of --run.root "$@")
     folder=${DISTKD_JOBS:-${root:-runs}/slurm}/$job
     mkdir -p "$folder/notes.$attempt" "$folder/logs.$attempt"
     folder=$(cd "$folder" && pwd)
-    rm -f "$folder/notes.$attempt"/*
+    [[ $attempt -gt 0 ]] || rm -f "$folder/requeues.json" "$folder/broken" # of another cluster's job of this number
 
     # the ranks look into it: whatever stands there means stop
     export DISTKD_STOP_FILE=$folder/stop.$attempt DISTKD_NOTES=$folder/notes.$attempt DISTKD_LOGS=$folder/logs.$attempt
     : >"$DISTKD_STOP_FILE"
     trap 'warned=yes; stop "USR1: the end of this attempt is near"' USR1
     trap 'killed=yes; stop "TERM: SLURM ends this job"' TERM
+    trap 'overdue=yes' USR2
+    [[ -z $warned$killed ]] || stop "the end of this attempt was announced before its ranks were started"
+    load_software || broken
 
     readarray -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=$(address_of "${nodes[0]}")
-    NPROC=${DISTKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    export MASTER_ADDR NPROC PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(share "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" "$NPROC")}
+    export MASTER_ADDR PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
     # a step of srun does not inherit it since 22.05
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     if [[ -n ${DISTKD_INTERFACE:-} ]]; then # gloo takes one exact name, NCCL a pattern
         export GLOO_SOCKET_IFNAME=$DISTKD_INTERFACE NCCL_SOCKET_IFNAME="=$DISTKD_INTERFACE"
     fi
-    options=()
     [[ -z ${DISTKD_SCRATCH:-} ]] || options+=(--data.scratch "$DISTKD_SCRATCH") # its $NAMES are the node's
     [[ -z ${DISTKD_METRICS:-} ]] || options+=(--metrics.export "$DISTKD_METRICS")
-    say "nodes $SLURM_JOB_NODELIST, $NPROC ranks each with $OMP_NUM_THREADS threads," \
-        "interface ${DISTKD_INTERFACE:-chosen by the libraries}, folder $folder"
-}
-
-# share CORES RANKS: cores of a rank
-share() {
-    echo $(($1 > $2 ? $1 / $2 : 1))
+    say "nodes $SLURM_JOB_NODELIST, interface ${DISTKD_INTERFACE:-chosen by the libraries}, folder $folder"
 }
 
 # stop WHY: ask the ranks to stop; they agree on a step and write a checkpoint
 stop() {
     say "asks the ranks to stop: $1"
     echo "$1" >>"$DISTKD_STOP_FILE"
+    if [[ -n $warned && -z $timer ]]; then
+        # an evaluation does not look up: before SLURM ends everything, this script goes back to the queue without it
+        { sleep $((${DISTKD_LEAD:-120} * 2 / 3)) && kill -USR2 $$; } 2>/dev/null &
+        timer=$!
+    fi
 }
 
 # on_nodes COMMAND...: run it once on every node and wait for its end however often a signal interrupts; leaves $code
 on_nodes() {
-    local child srun=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --label --unbuffered)
+    local child srun=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label --unbuffered)
     if [[ -n ${DISTKD_ELASTIC:-} ]]; then
         srun+=(--no-kill --kill-on-bad-exit=0 --wait=0)
     else
@@ -130,7 +145,7 @@ on_nodes() {
     child=$!
     code=0
     wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do
+    while [[ -z $overdue ]] && kill -0 "$child" 2>/dev/null; do
         code=0
         wait "$child" || code=$?
     done
@@ -141,46 +156,88 @@ stage_in() {
     code=0
     [[ -n ${DISTKD_SCRATCH:-} ]] || return 0
     say "copies shards to $DISTKD_SCRATCH of each node"
-    on_nodes "${container[@]}" "$python" -m distkd.cli train "$@" "${options[@]}" --stage-in
+    on_nodes "${container[@]}" "$python" -m distkd.cli train "${options[@]}" "$@" --stage-in
 }
 
 # train ARGUMENTS...: one `distkd train` over all nodes; leaves in $code how its ranks ended
 train() {
+    rm -rf "${DISTKD_NOTES:?}"/* # of a stage before this one
     stage_in "$@"
-    [[ $code -eq 0 ]] || return 0
-    # another port for each attempt and step, below those that the system gives to clients
-    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt % 4 * 4 + steps % 4) % 20000))
-    steps=$((steps + 1))
-    say "the ranks meet at $MASTER_ADDR:$MASTER_PORT"
-    on_nodes "$BASH" "$home/slurm/node.sh" "$@" "${options[@]}"
-    local launched=$code
-    code=0
-    "${container[@]}" "$python" "$home/launch/exit_code.py" --torchrun "$launched" --notes "$DISTKD_NOTES" || code=$?
+    if [[ $code -eq 0 ]]; then
+        # another port for each attempt and step, below those that the system gives to clients
+        export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt % 4 * 4 + steps % 4) % 20000))
+        steps=$((steps + 1))
+        say "the ranks meet at $MASTER_ADDR:$MASTER_PORT"
+        on_nodes "$BASH" "$home/slurm/node.sh" "${options[@]}" "$@"
+        local launched=$code
+        code=0
+        "${container[@]}" "$python" "$home/launch/exit_code.py" --torchrun "$launched" --notes "$DISTKD_NOTES" || code=$?
+        readarray -t -O ${#runs[@]} runs < <(sort -u "$DISTKD_NOTES"/node-*/run-* 2>/dev/null)
+    fi
+    [[ -z $overdue ]] || code=3
+}
+
+# given_up: whether SLURM has the job in the queue again: it took this node for dead, where this script lives on
+given_up() {
+    [[ $(scontrol show job "$job" 2>/dev/null) =~ \ Restarts=([0-9]+) && ${BASH_REMATCH[1]} -gt $attempt ]]
 }
 
 # withdraw: remove what killed ranks have announced to Prometheus
 withdraw() {
-    local note
-    for note in "$DISTKD_NOTES"/run-*; do
-        [[ ! -f $note ]] || "${container[@]}" "$python" -m distkd.metrics.targets --remove "$(<"$note")" --job "$job" || true
+    local run left=()
+    for run in "${runs[@]}"; do [[ ! -d $run/prometheus ]] || left+=("$run"); done
+    [[ ${#left[@]} -eq 0 ]] || "${container[@]}" "$python" -m distkd.metrics.targets --remove "${left[@]}" --job "$job" || true
+}
+
+# requeue: does not return where SLURM takes the job back
+requeue() {
+    local answer
+    for _ in 1 2 3 4 5; do
+        [[ -z $killed ]] || return 0 # cancelled meanwhile
+        # the number of an array's last task is that of the whole array: only the form 17_3 means one task
+        if answer=$(scontrol requeue "$job" 2>&1); then
+            trap 'exit 0' TERM # SLURM ends this script
+            sleep 300 &
+            wait $! || true
+        fi
+        say "scontrol requeue: ${answer:-no answer}"
+        [[ $answer != *disabled* && $answer != *denied* ]] || break
+        sleep 5
     done
+    say "cannot be requeued by itself; submit it again to go on from the last checkpoint"
+}
+
+# broken: the node cannot run Python; another one may, so a few times this is SLURM's to mend
+broken() {
+    say "'${DISTKD_CONTAINER:-} $python' is no Python 3.11 on $(hostname): run make venv in $home where the nodes see it," \
+        "or set DISTKD_PYTHON or DISTKD_CONTAINER (slurm/site.env.example)"
+    hostname >>"$folder/broken"
+    if (($(wc -l <"$folder/broken") <= ${DISTKD_MAX_FAILURES:-3})); then
+        requeue
+    fi
+    exit 1
 }
 
 # finish: requeue this job or leave it, with the code of the last step; does not return
 finish() {
-    local words=(--code "$code" --notes "$DISTKD_NOTES" --past "$folder/requeues.json")
+    local why again="" words=(--code "$code" --notes "$DISTKD_NOTES" --past "$folder/requeues.json")
     words+=(--max-failures "${DISTKD_MAX_FAILURES:-3}" --max-requeues "${DISTKD_MAX_REQUEUES:-100}")
     # interrupted, and not by this shell: some sites announce a pre-emption to the ranks alone
     [[ $code -ne 3 || -s $DISTKD_STOP_FILE ]] || warned=yes
     [[ -z $warned ]] || words+=(--warned)
     [[ -z $killed ]] || words+=(--killed)
-    [[ ${DISTKD_METRICS:-off} == off ]] || withdraw
-    say "the ranks ended with $code (0 done, 2 user error, 3 interrupted with a complete checkpoint, 1 anything else)"
-    if "${container[@]}" "$python" -m distkd.slurm.requeue "${words[@]}"; then
-        trap '' TERM
-        # SLURM ends this script; where it does not, requeueing is forbidden here
-        scontrol requeue "$SLURM_JOB_ID" && sleep 300
-        say "cannot be requeued by itself; submit it again to go on from the last checkpoint"
+    if [[ -n $overdue ]]; then
+        say "the ranks did not stop in time: what they do since the last checkpoint is lost"
+    else
+        say "the ranks ended with $code (0 done, 2 user error, 3 interrupted with a complete checkpoint, 1 anything else)"
     fi
+    if [[ -z $killed ]] && given_up; then
+        say "SLURM has requeued this job without being asked: it takes this node for dead"
+        exit "$code"
+    fi
+    why=$("${container[@]}" "$python" -m distkd.slurm.requeue "${words[@]}") && again=yes
+    say "$why"
+    withdraw
+    [[ -z $again ]] || requeue
     exit "$code"
 }

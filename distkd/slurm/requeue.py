@@ -99,7 +99,7 @@ def decide(end: Ending, past: Past, limits: Limits) -> Verdict:
 
 def position(notes: Path) -> str:
     """The run that the ranks have noted and its newest checkpoint; empty where they have noted none."""
-    runs = [Path(path.read_text()) for path in sorted(notes.glob("run-*"))]
+    runs = [Path(path.read_text()) for path in sorted(notes.glob("**/run-*"))]
     if not runs:
         return ""
     newest = max((path.name for path in (runs[0] / "checkpoints").glob("step-*")), default="none")

@@ -33,6 +33,10 @@ def test_ranks_that_are_done_are_a_success_whatever_others_before_them_noted(out
         ({"state": "failed", "kind": "lost_rank"}, {2}, 1),
         ({"state": "failed", "kind": "internal"}, set(), 1),
         ({"state": "done"}, {2}, 2),
+        ({"state": "done"}, {0, 2}, 2),
+        ({"state": "done"}, {1}, 1),
+        ({"state": "done"}, {0}, 0),
+        ({"state": "done"}, {0, 1}, 0),
         (None, {2}, 2),
         (None, {2, 3}, 2),
         (None, {3}, 3),
@@ -63,6 +67,9 @@ def test_a_launcher_that_reports_success_is_not_believed_against_its_ranks(outco
 def test_the_outcome_is_that_of_the_run_that_the_ranks_noted(tmp_path):
     _outcome(tmp_path / "runs" / "another fold", state="failed")
     run = _outcome(tmp_path / "runs" / "fold 3", state="interrupted")
+    (tmp_path / "node-0").mkdir()
+    (tmp_path / "node-0" / "run-0").write_text(str(run))
+    assert noted_outcome(tmp_path) == {"state": "interrupted"}
     (tmp_path / "run-0").write_text(str(run))
     assert noted_outcome(tmp_path) == {"state": "interrupted"}
 
@@ -75,6 +82,6 @@ def test_a_run_that_could_not_say_how_it_ended_has_no_outcome(tmp_path):
 
 def test_the_codes_of_all_ranks_are_read(tmp_path):
     for rank, code in enumerate((2, 3, 3)):
-        (tmp_path / f"rank-{rank}").write_text(str(code))
+        (tmp_path / f"code-{rank}").write_text(str(code))
     (tmp_path / "run-0").touch()
     assert noted_codes(tmp_path) == {2, 3}

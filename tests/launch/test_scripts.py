@@ -267,7 +267,7 @@ def test_train_ends_with_the_code_of_the_command_and_notes_it(launch, arguments,
     environ = launch.environ | {"DISTKD_NOTES": str(notes), "RANK": "5"}
     train = [sys.executable, launch.folder / "launch" / "train.py", "a.yaml", *arguments]
     assert subprocess.run(train, env=environ, check=False).returncode == code
-    assert (notes / "rank-5").read_text() == str(code)
+    assert (notes / "code-5").read_text() == str(code)
     assert launch.calls() == [" ".join(["5 train a.yaml", *arguments])]
 
 
