@@ -143,12 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--together", action="store_true", help="all stages in one job (or task) instead of one each")
     submit.add_argument("--elastic", type=_positive, metavar="MIN", help="go on after a loss while MIN nodes are left")
-    submit.add_argument("--throttle", type=_positive, metavar="N", help="at most N tasks of an array at once")
+    submit.add_argument("--throttle", type=_positive, metavar="N", help="at most N tasks of each array at once")
     submit.add_argument("--site", type=Path, metavar="FILE", help="settings of the cluster (default: slurm/site.env)")
     submit.add_argument("--no-report", action="store_true", help="no job for the report at the end")
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands and submit nothing")
     submit.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
-    submit.epilog = "Runs that are done are left out. Any config value can be given as --section.field VALUE."
+    submit.epilog = """Runs that are done are left out, those in the queue refused. Any config value can be given as
+--section.field VALUE. Settings of the cluster are in slurm/site.env; the environment wins over them. Examples:
+  distkd submit teacher.yaml student.yaml --folds 0-4 --nodes 2 --time 8:00:00 --dry-run
+  distkd submit teacher.yaml --seeds 42,1337 --throttle 4 --optim.lr 1e-3 --run.root /scratch/runs
+  DISTKD_PARTITION=debug distkd submit teacher.yaml --time 0:20:00 --no-report"""
+    submit.formatter_class = argparse.RawDescriptionHelpFormatter
 
     evaluate = _command(commands, "eval", do.evaluate, "metrics and predictions of a run's student")
     evaluate.add_argument("run", type=Path, help="run folder")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,6 +17,8 @@ from distkd.world import World
 
 if TYPE_CHECKING:
     from distkd.data.shardset import ShardSet
+    from distkd.slurm.site import Site
+    from distkd.slurm.units import Unit
     from distkd.train.settings import Settings
 
 __all__ = [
@@ -81,16 +84,33 @@ def submit(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     from distkd.slurm import submit
     from distkd.stages import in_order, load_all, teacher_folders
 
-    loaded = load_all(arguments.config, parse_overrides(rest), folds=arguments.folds, seeds=arguments.seeds)
+    place = submit.where(arguments.site)
+    overrides = parse_overrides(rest)
+    loaded = load_all(arguments.config, overrides, folds=arguments.folds, seeds=arguments.seeds)
     in_order(list(loaded.values()))  # says what no order of the stages mends
     units = [
         submit.Unit(path, fold, seed, settings, teacher_folders(settings))
         for (path, fold, seed), settings in loaded.items()
     ]
-    names = ("nodes", "ranks_per_node", "time", "together", "elastic", "throttle", "site", "dry_run", "allow_change")
+    for unit in {unit.config: unit for unit in units}.values():
+        _check_site_words(unit, place.site, overrides)
+    names = ("nodes", "ranks_per_node", "time", "together", "elastic", "throttle", "dry_run", "allow_change")
     given = {name: getattr(arguments, name) for name in names}
-    submit.submit(units, submit.Options(**given, lead_s=arguments.lead, report=not arguments.no_report, words=rest))
+    options = submit.Options(**given, lead_s=arguments.lead, report=not arguments.no_report, words=rest)
+    submit.submit(units, options, place)
     return DONE
+
+
+def _check_site_words(unit: Unit, site: Site, overrides: Mapping[str, Any]) -> None:
+    """Refuse what would be refused in the job, where the scripts put settings of the site before the user's words."""
+    from distkd.config import load, parse_overrides
+
+    words = site.overrides(streamed=unit.streamed)
+    try:
+        load(unit.config, {**parse_overrides(words), **overrides}, fold=unit.fold, seed=unit.seed)
+    except ConfigError as error:
+        advice = f"jobs are given {shlex.join(words)} by the site's settings (DISTKD_SCRATCH, DISTKD_METRICS)"
+        raise ConfigError(f"{error}\n{advice}; mend them in slurm/site.env, or in the environment") from error
 
 
 def _no_rest(rest: list[str]) -> None:

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from distkd import methods
 from distkd.errors import ConfigError
+from distkd.files import raise_disk_fault
 from distkd.train.settings import Settings
 
 __all__ = ["load", "parse_overrides", "schema"]
@@ -107,6 +108,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
+        raise_disk_fault(f"config {path}", error)
         raise ConfigError(f"config {path} cannot be read: {error.strerror}; name a YAML file") from error
     except ConfigError as error:
         raise ConfigError(f"config {path}: {error}") from error

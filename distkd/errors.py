@@ -1,4 +1,8 @@
-"""The error tree. A `DistkdError` is the user's to mend (exit code 2, one message); anything else is ours."""
+"""The error tree. A `DistkdError` is the user's to mend (exit code 2, one message); anything else is ours.
+
+Exceptions are what the same command may get past when it is started again (exit code 1): `DiskError`, `LostRankError`,
+`DivergedError`.
+"""
 
 __all__ = [
     "CheckpointError",
@@ -12,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "SampleError",
     "ShapeError",
+    "TakenOverError",
 ]
 
 
@@ -70,9 +75,15 @@ class DivergedError(DistkdError):
 
 
 class DiskError(DistkdError):
-    """What a run has to write could not be written: the disk is full, or the folder cannot be written to."""
+    """A file system did not do what it should: it is full, broken or out of reach, here or now."""
 
     kind = "disk"
+
+
+class TakenOverError(DistkdError):
+    """A later attempt trains in the same run folder: two jobs, or two terminals, on one run."""
+
+    kind = "taken_over"
 
 
 class LostRankError(DistkdError):

@@ -1,17 +1,33 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and what of their errors is the file system's fault."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "digest", "read_json", "sync", "write_bytes", "write_json", "write_text"]
+from distkd.errors import DiskError
+
+__all__ = [
+    "DISK_FAULTS", "atomic_folder", "digest", "raise_disk_fault", "read_json", "sync", "write_bytes", "write_json",
+    "write_text",
+]  # fmt: skip
+
+DISK_FAULTS = frozenset(
+    (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EUCLEAN),
+        # of file systems behind a network: its server, or the connection of this node
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN),
+    )
+)
+"""Numbers of errors that a file system runs into; with a wrong path or a missing right it is well."""
 
 
 def digest(path: Path) -> str:
@@ -71,3 +87,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def raise_disk_fault(what: str, error: OSError) -> None:
+    """Raise `DiskError` where `what` could not be read for a fault of the file system; return where it is another."""
+    if error.errno in DISK_FAULTS:
+        fault = DiskError(
+            f"cannot read {what} on {platform.node()}: {error.strerror}; that is a fault of the file system or of the "
+            "way to it: start again when that is over"
+        )
+        fault.local = True  # other nodes may read it
+        raise fault from error

@@ -27,7 +27,7 @@ need_job() {
         instead="distkd report$words" follow="without a job:  distkd report$words"
     fi
     if command -v sbatch >/dev/null; then
-        fail "this is a job script; submit it:  sbatch $script$words   or, $follow"
+        fail "this is a job script; submit it:  sbatch $(printf %q "$home/$script")$words   or, $follow"
     fi
     fail "there is no SLURM here (no sbatch); on this machine:  $instead"
 }
@@ -62,6 +62,7 @@ read_site() {
 
 # load_software: modules and setup of the site, and the interpreter; the tools of others do not bear strict shells
 load_software() {
+    local before=$PWD
     set +eu
     if [[ -n ${DISTKD_MODULES:-} ]]; then
         # shellcheck source=/dev/null
@@ -71,6 +72,7 @@ load_software() {
     fi
     # shellcheck source=/dev/null
     [[ -z ${DISTKD_SETUP:-} ]] || source "$DISTKD_SETUP" || fail "DISTKD_SETUP=$DISTKD_SETUP failed"
+    cd "$before" || exit 1 # the setup may have gone elsewhere
     set -eu
     eval "container=(${DISTKD_CONTAINER:-})" # its words may be quoted
     python=$(interpreter)
@@ -88,14 +90,30 @@ address_of() {
     fi
 }
 
+# enough_time: a job that is warned as soon as it starts would take one step at each attempt
+enough_time() {
+    local left lead=${DISTKD_LEAD:-120}
+    left=$(squeue -h -j "$SLURM_JOB_ID" -O TimeLimit:32 2>/dev/null | head -n 1 | tr -d ' ') || left=""
+    [[ $left =~ ^(([0-9]+)-)?(([0-9]+):)?([0-9]+):([0-9]+)$ ]] || return 0 # UNLIMITED, or nobody answers
+    left=$(((10#0${BASH_REMATCH[2]} * 24 + 10#0${BASH_REMATCH[4]}) * 3600 + 10#${BASH_REMATCH[5]} * 60 + 10#${BASH_REMATCH[6]}))
+    ((left > 2 * lead)) || fail "a time limit of $left s is too short for a warning $lead s before its end: sbatch --time, or \
+a shorter lead: sbatch --signal=B:USR1@SECONDS and DISTKD_LEAD=SECONDS, 60 or more"
+}
+
 # begin "$@": everything that the ranks need, in the environment; the job's folder; the traps
 begin() {
-    local nodes root
+    local nodes root word
     need_job "$@"
+    for word in "$@"; do
+        [[ $word != *.y*ml || -r $word ]] ||
+            fail "config $word cannot be read in $PWD: relative paths are those of the folder that is submitted from"
+    done
     read_site
     identify
+    enough_time
     root=$(value_of --run.root "$@")
     folder=${DISTKD_JOBS:-${root:-runs}/slurm}/$job
+    mkdir -m 700 -p "$folder" # logs may name patients
     mkdir -p "$folder/notes.$attempt" "$folder/logs.$attempt"
     folder=$(cd "$folder" && pwd)
     [[ $attempt -gt 0 ]] || rm -f "$folder/requeues.json" "$folder/broken" # of another cluster's job of this number
@@ -125,7 +143,8 @@ begin() {
 # stop WHY: ask the ranks to stop; they agree on a step and write a checkpoint
 stop() {
     say "asks the ranks to stop: $1"
-    echo "$1" >>"$DISTKD_STOP_FILE"
+    # somebody may have tidied up; then the ranks are signalled, and what they have started with them
+    { mkdir -p "$folder" && echo "$1" >>"$DISTKD_STOP_FILE"; } || scancel --signal=USR1 "$job" || true
     if [[ -n $warned && -z $timer ]]; then
         # an evaluation does not look up: before SLURM ends everything, this script goes back to the queue without it
         { sleep $((${DISTKD_LEAD:-120} * 2 / 3)) && kill -USR2 $$; } 2>/dev/null &
@@ -135,7 +154,7 @@ stop() {
 
 # on_nodes COMMAND...: run it once on every node and wait for its end however often a signal interrupts; leaves $code
 on_nodes() {
-    local child srun=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label --unbuffered)
+    local child srun=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --label)
     if [[ -n ${DISTKD_ELASTIC:-} ]]; then
         srun+=(--no-kill --kill-on-bad-exit=0 --wait=0)
     else
@@ -167,7 +186,7 @@ train() {
         # another port for each attempt and step, below those that the system gives to clients
         export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt % 4 * 4 + steps % 4) % 20000))
         steps=$((steps + 1))
-        say "the ranks meet at $MASTER_ADDR:$MASTER_PORT"
+        say "starts the ranks, which meet at $MASTER_ADDR:$MASTER_PORT; it may take a minute until they speak"
         on_nodes "$BASH" "$home/slurm/node.sh" "${options[@]}" "$@"
         local launched=$code
         code=0
@@ -184,9 +203,7 @@ given_up() {
 
 # withdraw: remove what killed ranks have announced to Prometheus
 withdraw() {
-    local run left=()
-    for run in "${runs[@]}"; do [[ ! -d $run/prometheus ]] || left+=("$run"); done
-    [[ ${#left[@]} -eq 0 ]] || "${container[@]}" "$python" -m distkd.metrics.targets --remove "${left[@]}" --job "$job" || true
+    [[ ${#runs[@]} -eq 0 ]] || "${container[@]}" "$python" -m distkd.metrics.targets --remove "${runs[@]}" --job "$job" || true
 }
 
 # requeue: does not return where SLURM takes the job back
@@ -218,6 +235,16 @@ broken() {
     exit 1
 }
 
+# meaning: of $code, in words
+meaning() {
+    case $code in
+        0) echo "done" ;;
+        2) echo "a mistake in config, data or arguments, named above" ;;
+        3) echo "interrupted, the checkpoint is complete" ;;
+        *) echo "a failure" ;;
+    esac
+}
+
 # finish: requeue this job or leave it, with the code of the last step; does not return
 finish() {
     local why again="" words=(--code "$code" --notes "$DISTKD_NOTES" --past "$folder/requeues.json")
@@ -227,9 +254,9 @@ finish() {
     [[ -z $warned ]] || words+=(--warned)
     [[ -z $killed ]] || words+=(--killed)
     if [[ -n $overdue ]]; then
-        say "the ranks did not stop in time: what they do since the last checkpoint is lost"
+        say "the ranks did not stop in time: what they have done since the last checkpoint may be lost"
     else
-        say "the ranks ended with $code (0 done, 2 user error, 3 interrupted with a complete checkpoint, 1 anything else)"
+        say "the ranks ended with code $code: $(meaning)"
     fi
     if [[ -z $killed ]] && given_up; then
         say "SLURM has requeued this job without being asked: it takes this node for dead"

@@ -16,6 +16,13 @@ if ((NPROC * OMP_NUM_THREADS > cores)); then
         "ask for more (sbatch --cpus-per-task), or set OMP_NUM_THREADS" >&2
 fi
 
+if [[ -n ${DISTKD_INTERFACE:-} && ! -e /sys/class/net/$DISTKD_INTERFACE ]]; then
+    there=$(cd /sys/class/net && echo *)
+    echo "DISTKD_INTERFACE=$DISTKD_INTERFACE is no network interface of $(hostname), which has $there" >&2
+    echo 2 >"$DISTKD_NOTES/code-$SLURM_NODEID"
+    exit 2
+fi
+
 export NODE_RANK=$SLURM_NODEID NODES=$SLURM_NNODES RENDEZVOUS=static LOG_DIR=$DISTKD_LOGS/node-$SLURM_NODEID
 # shellcheck disable=SC2016  # torch fills it in
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[${role_name} ${rank}] '

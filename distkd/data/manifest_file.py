@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from distkd.data.consistency import check_consistency
 from distkd.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, explain
 from distkd.errors import DataError
-from distkd.files import write_text
+from distkd.files import raise_disk_fault, write_text
 
 __all__ = ["read_manifest", "write_manifest"]
 
@@ -28,6 +28,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         DataError: there is none, it is damaged or of another version, or it contradicts itself.
+        DiskError: the file system cannot give it.
     """
     path = folder / MANIFEST
     try:
@@ -38,6 +39,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"`python shards/<recipe>.py --out {folder}`"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError):
+            raise_disk_fault(repr(str(path)), error)
         raise DataError(f"cannot read {str(path)!r}: {error}; check the path and its rights") from error
     try:
         found = _version(text)

@@ -2,6 +2,9 @@
 
 No collective and no rank: whoever comes first copies under a file lock, the others wait for the lock and find the copy.
 What goes wrong on this machine's disk is a warning, and the set is read where it lies; a damaged set is an error.
+
+Others may write to the same disk and know the names beforehand: only a folder and a lock of this user are used, and a
+folder that others could write to is made anew.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import fcntl
 import hashlib
 import os
 import platform
+import pwd
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -27,7 +32,7 @@ from distkd.data.manifest import MANIFEST, Shard
 from distkd.data.manifest_file import read_manifest
 from distkd.data.shardset import REMEDY, Check, ShardSet, size_fault
 from distkd.errors import ConfigError, DataError, DiskError
-from distkd.files import digest, read_json, write_bytes, write_json
+from distkd.files import digest, raise_disk_fault, read_json, write_bytes, write_json
 
 __all__ = ["CopiedSet", "copy_set", "local_copy", "open_copied"]
 
@@ -98,19 +103,20 @@ def copy_set(folder: Path, scratch: Path, *, threads: int = _THREADS, speaks: bo
 
     Raises:
         DataError: no shard set in `folder`, or a file of it is damaged.
-        DiskError: no room, or the folder cannot be made, locked or written.
+        DiskError: no room; the folder cannot be made, locked or written, or is another user's; the set cannot be read.
     """
     manifest_sha256 = _manifest_digest(folder)
     source = Path(os.path.realpath(folder))
     if source.is_relative_to(os.path.realpath(scratch)):
         return folder  # it lies on that disk
     place = scratch / f"{source.name}-{manifest_sha256[:12]}"
-    if _is_complete(place, manifest_sha256):
-        return place
     try:
+        if _is_private(place) and _is_complete(place, manifest_sha256):
+            return place
         scratch.mkdir(parents=True, exist_ok=True)
         with _locked(scratch / f".{place.name}.lock", folder, speaks):
-            if not _is_complete(place, manifest_sha256):  # somebody else may have copied it meanwhile
+            _make_private(place)
+            if not _is_complete(place, manifest_sha256):  # another process may have copied it meanwhile
                 _Copy(folder, place, manifest_sha256).run(threads)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -142,6 +148,47 @@ def _manifest_digest(folder: Path) -> str:
         raise
 
 
+def _is_private(place: Path) -> bool:
+    """Whether the folder is there and closed to all others.
+
+    Raises:
+        DiskError: it is somebody else's, or no folder.
+    """
+    try:
+        about = place.lstat()
+    except FileNotFoundError:
+        return False
+    _check_ours(place, about)
+    if not stat.S_ISDIR(about.st_mode):
+        raise DiskError(f"{str(place)!r} is a link or a file, not the folder of a copy; remove it")
+    return not about.st_mode & 0o077
+
+
+def _make_private(place: Path) -> None:
+    """An empty folder that is closed to all others, or the one that is there; the caller holds the lock."""
+    if not _is_private(place) and place.exists():
+        could_be_written = place.stat().st_mode & 0o022
+        place.chmod(0o700)
+        if could_be_written:  # whatever is in it may be another's
+            shutil.rmtree(place)
+    place.mkdir(mode=0o700, exist_ok=True)  # patients' data, perhaps below a folder that all can read
+    if not _is_private(place):
+        raise DiskError(f"{str(place)!r} cannot be closed to others; name a folder on another disk of this machine")
+
+
+def _check_ours(path: Path, about: os.stat_result) -> None:
+    if about.st_uid == os.geteuid():
+        return
+    try:
+        owner = pwd.getpwuid(about.st_uid).pw_name
+    except KeyError:
+        owner = str(about.st_uid)
+    raise DiskError(
+        f"{str(path)!r} belongs to user {owner}, who could read and change what is copied there; name another folder, "
+        "for example one with $USER in its name"
+    )
+
+
 def _is_complete(place: Path, manifest_sha256: str) -> bool:
     """Whether all files are there in their sizes; their content was compared before the marker was written."""
     try:
@@ -156,8 +203,14 @@ def _is_complete(place: Path, manifest_sha256: str) -> bool:
 @contextmanager
 def _locked(path: Path, folder: Path, speaks: bool) -> Generator[None]:
     """Hold a lock that ends with the process, however that ends."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except PermissionError:
+        with suppress(FileNotFoundError):
+            _check_ours(path, path.lstat())
+        raise
+    try:
+        _check_ours(path, os.fstat(lock))  # who holds another's lock could keep us waiting for ever
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -178,7 +231,6 @@ class _Copy:
         self._stop = threading.Event()
 
     def run(self, threads: int) -> None:
-        self._place.mkdir(mode=0o700, exist_ok=True)  # patients' data, perhaps below a folder that all can read
         (self._place / _MARKER).unlink(missing_ok=True)
         self._check_room()
         total_bytes = sum(shard.bytes for shard in self._shards)
@@ -262,6 +314,7 @@ def _blocks(path: Path, n_bytes: int) -> Iterator[memoryview]:
             while n_read := source.readinto(block):
                 yield block[:n_read]
     except OSError as error:
+        raise_disk_fault(repr(str(path)), error)
         raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}; {REMEDY}") from error
 
 

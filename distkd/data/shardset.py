@@ -26,6 +26,7 @@ from distkd.data.manifest import VOLUMES, Manifest, Modality, check_modality
 from distkd.data.manifest_file import read_manifest
 from distkd.data.wds import TarFiles
 from distkd.errors import DataError, SampleError
+from distkd.files import raise_disk_fault
 
 if TYPE_CHECKING:
     from distkd.data.verify import Verified
@@ -51,6 +52,7 @@ class ShardSet:
 
     Raises:
         DataError: manifest or shards are missing, damaged or do not agree.
+        DiskError: the file system cannot give them. Reading raises it, too, rather than call a sample damaged.
     """
 
     def __init__(self, folder: Path, *, check: Check = "first"):
@@ -205,6 +207,7 @@ class ShardSet:
         try:
             data = self._tars.read(int(self._shard_S[sample]), offset, size)
         except OSError as error:
+            raise_disk_fault(where, error)
             raise SampleError(f"cannot read {where}: {error}; {REMEDY}", sample) from error
         if len(data) != size:
             raise SampleError(f"{where} is cut off: {len(data)} bytes, expected {size}; {REMEDY}", sample)
@@ -372,10 +375,15 @@ def _set_blocks(column: _Column, manifest: Manifest, name: str) -> None:
 
 
 def size_fault(folder: Path, file: str, expected: int) -> str:
-    """In words, or empty."""
+    """In words, or empty.
+
+    Raises:
+        DiskError: the file system cannot say.
+    """
     try:
         found = os.stat(f"{folder}/{file}").st_size
-    except OSError:
+    except OSError as error:
+        raise_disk_fault(f"shard {file!r} of {str(folder)!r}", error)
         return f"shard {file!r} is missing from {str(folder)!r}"
     if found < expected:
         return f"shard {file!r} is truncated: {found} bytes, manifest says {expected}"

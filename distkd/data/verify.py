@@ -16,7 +16,7 @@ import numpy as np
 from distkd.data.manifest import VOLUMES
 from distkd.data.shardset import REMEDY, ShardSet, raise_all, size_fault
 from distkd.data.wds import Member, TarFault, leads_out, members
-from distkd.errors import DataError
+from distkd.errors import DataError, DiskError
 from distkd.files import digest
 
 __all__ = ["Verified", "verify"]
@@ -116,7 +116,7 @@ class _Job:
             done.add(block)
             try:
                 array = self.shard_set.read(sample, (name,))[name]
-            except DataError as error:
+            except (DataError, DiskError) as error:  # a part of the disk that cannot be read is one fault of many
                 yield str(error).removesuffix(f"; {REMEDY}")
             else:
                 if self.manifest.modalities[name].role == "target":

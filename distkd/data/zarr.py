@@ -31,6 +31,7 @@ from distkd.data.zarr_layout import (
 )
 from distkd.data.zarr_write import ZarrWriter
 from distkd.errors import DataError
+from distkd.files import raise_disk_fault
 
 __all__ = ["ZarrArrays", "ZarrWriter", "default_chunk"]
 
@@ -155,6 +156,7 @@ class ZarrArrays:
                 found = os.fstat(opened.fileno()).st_size
                 data = np.frombuffer(os.pread(opened.fileno(), n_bytes, first), dtype=np.uint8)
         except OSError as error:
+            raise_disk_fault(f"{where} with {name!r} of sample {number}", error)
             raise DataError(
                 f"cannot read {where} with {name!r} of sample {number}: {error.strerror or error}; {REBUILD}"
             ) from error
@@ -182,6 +184,7 @@ class _File(OpenFile):
             super().__init__(folder / file)
             self.index = self._read_index(layout) if index is None else index
         except OSError as error:
+            raise_disk_fault(self.where, error)
             raise DataError(f"cannot read {self.where}: {error.strerror or error}; {REBUILD}") from error
 
     def _read_index(self, layout: VolumeLayout) -> np.ndarray:
@@ -277,6 +280,7 @@ class _Fetch:
         try:
             found = os.preadv(self.file.descriptor, buffers, offset)
         except OSError as error:
+            raise_disk_fault(self.file.where, error)
             raise DataError(f"cannot read {self.file.where}: {error.strerror or error}; {REBUILD}") from error
         if found != n_bytes:
             raise DataError(f"{self.file.where} is cut off: {found} bytes at {offset}, expected {n_bytes}; {REBUILD}")

@@ -19,6 +19,7 @@ import numpy as np
 
 from distkd.data.manifest import Modality
 from distkd.errors import DataError
+from distkd.files import raise_disk_fault
 
 __all__ = [
     "CRC_BYTES",
@@ -272,6 +273,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
     except OSError as error:
+        raise_disk_fault(where, error)
         raise DataError(f"cannot read {where}: {error.strerror or error}, expected a zarr array; {REBUILD}") from error
     except ValueError as error:
         raise DataError(f"{where} is not readable JSON ({error}); {REBUILD}") from error

@@ -85,7 +85,8 @@ class MetricsWriter:
     def truncate_after(self, step: int) -> None:
         """Drops the objects of later steps, which a resumed run will write again; objects without a step stay."""
         self._file.close()
-        self._keep(lambda record: record.get("step", step) <= step)
+        # a file of its own in any case: a writer of an earlier attempt that lives on keeps the old one
+        self._keep(lambda record: record.get("step", step) <= step, always=True)
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
@@ -99,7 +100,7 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool], *, always: bool = False) -> None:
         kept = "".join(line + "\n" for line, record in _whole_lines(self.path) if wanted(record))
-        if kept.encode() != self.path.read_bytes():
+        if always or kept.encode() != self.path.read_bytes():
             write_text(self.path, kept)

@@ -4,7 +4,7 @@ A copy lies beside the run folders, `<root>/prometheus/<run>.rank-00000.json`: f
 and so finds all runs of a root. Files come and go in pairs.
 
 Nothing here imports torch: a batch script clears the files of its job with
-`python -m distkd.metrics.targets --remove RUN_OR_ROOT... --job JOB`, and `distkd status` asks which are stale.
+`python -m distkd.metrics.targets --remove RUN... --job JOB`, and `distkd status` asks which are stale.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ JOB = "slurm_job"
 _PROCESS = "__meta_distkd_process"
 """Label with the process behind a target. Prometheus shows labels of this prefix to relabelling rules and then drops
 them, so that they make no series."""
+_THREADS = 8
+"""Files at a time; a shared file system answers slowly, and there is one for each rank."""
 
 
 def write(run: Path, rank: int, address: str, labels: Mapping[str, str]) -> Path:
@@ -53,18 +56,31 @@ def remove_own(run: Path, rank: int) -> None:
 
 
 def remove(run: Path, *, job: str | None = None, attempt: int | None = None) -> list[Path]:
-    """Remove the target files of a run, those of one job or one attempt only where these are given; returns them."""
-    removed: list[Path] = []
+    """Remove the target files of a run, those of one job or one attempt only where these are given; returns them.
+
+    Files are read only where that decides: other ranks wait for the one that clears up after an earlier attempt.
+    """
     _, shared = _places(run, "rank-*.json")
-    for path in [*_files(run), *shared.parent.glob(f"{glob.escape(run.absolute().name)}.rank-*.json")]:
-        labels = _labels(path) or {}
-        if job in (None, labels.get(JOB)) and str(attempt) in ("None", labels.get("attempt")):
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    for torn in run.glob("prometheus/.rank-*.json.*"):
-        if job is None and attempt is None:  # it was killed in the middle of `write`
+    copies = sorted(shared.parent.glob(f"{glob.escape(run.absolute().name)}.rank-*.json"))
+    if job is None and attempt is None:
+        for torn in run.glob("prometheus/.rank-*.json.*"):  # it was killed in the middle of `write`
             torn.unlink(missing_ok=True)
-    return removed
+    return _remove([*_files(run), *copies], job, attempt)
+
+
+def _remove(paths: Sequence[Path], job: str | None, attempt: int | None) -> list[Path]:
+    def one(path: Path) -> bool:
+        if job is not None or attempt is not None:
+            labels = _labels(path) or {}
+            if job not in (None, labels.get(JOB)) or str(attempt) not in ("None", labels.get("attempt")):
+                return False
+        path.unlink(missing_ok=True)
+        return True
+
+    if not paths:
+        return []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [path for path, gone in zip(paths, pool.map(one, paths), strict=True) if gone]
 
 
 def stale(run: Path, *, ended: bool, running_jobs: Collection[str] | None) -> list[Path]:
@@ -154,14 +170,21 @@ def _main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", help="only targets of this job; RUN may then be a folder of runs, too")
     parser.add_argument("--attempt", type=int, help="only targets of this attempt of the run")
     arguments = parser.parse_args(argv)
+    code = 0
     for folder in cast(list[Path], arguments.remove):
-        # without a job, a folder of runs would lose the targets of whatever else runs in it
-        levels = ("", "*/", "*/*/") if arguments.job else ("",)
-        runs = sorted({path.parent for level in levels for path in folder.glob(f"{level}prometheus")})
-        for run in runs:
-            for path in remove(run, job=arguments.job, attempt=arguments.attempt):
-                print(f"removed {path}")
-    return 0
+        try:
+            removed = remove(folder, job=arguments.job, attempt=arguments.attempt)
+            # without a job, a folder of runs would lose the targets of whatever else runs in it
+            if arguments.job and not removed and not (folder / "config.yaml").exists():
+                below = [path for level in ("", "*/", "*/*/") for path in folder.glob(f"{level}prometheus/*.json")]
+                removed = _remove(sorted(below), arguments.job, arguments.attempt)
+        except OSError as error:
+            print(f"cannot remove scrape targets of {folder}: {error}", file=sys.stderr)
+            code = 1
+            continue
+        if removed:
+            print(f"removed {len(removed)} scrape targets of {folder}")
+    return code
 
 
 if __name__ == "__main__":

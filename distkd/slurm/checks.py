@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,16 @@ from distkd.data.manifest_file import read_manifest
 from distkd.data.remote.transport import is_url
 from distkd.data.splits import split_numbers
 from distkd.errors import ConfigError, DistkdError
-from distkd.slurm.plan import Run
-from distkd.slurm.queue import queued
+from distkd.slurm.plan import Job, Run
+from distkd.slurm.queue import is_of_scripts, max_task, queued
 from distkd.slurm.site import Site
 from distkd.slurm.units import Options, Unit
 from distkd.train.export import find_export
-from distkd.train.folder import check_config
+from distkd.train.folder import check_config, read_outcome
 from distkd.train.job import shards_folder, teacher_folder
 from distkd.train.settings import Settings
 
-__all__ = ["check_folds", "check_queue", "check_units", "sets_to_make"]
+__all__ = ["check_array", "check_folds", "check_queue", "check_units", "sets_to_make"]
 
 SHOWN = 5
 """Runs that a message lists."""
@@ -124,9 +125,35 @@ def _check_batch(settings: Settings, options: Options, site: Site) -> None:
         raise ConfigError(f"run {settings.run.name} on {options.nodes or 1} x {ranks} ranks: {error}") from error
 
 
+def check_array(jobs: Sequence[Job]) -> None:
+    """Refuse an array that is larger than this cluster takes, where it says how large that is.
+
+    Raises:
+        ConfigError: it is.
+    """
+    last = max((task for job in jobs if job.is_array for task in job.runs), default=0)
+    most = max_task() if last else None
+    if most is not None and last > most:
+        raise ConfigError(
+            f"the tasks of an array are numbered 0 to {last} for these folds and seeds, and this cluster takes 0 to "
+            f"{most} (MaxArraySize); submit fewer folds or seeds at a time"
+        )
+
+
 def check_queue(runs: Sequence[Run]) -> None:
-    """Refuse runs that a job of the queue trains already: two would write into one folder."""
+    """Refuse runs that a job of the queue trains already: two would write into one folder.
+
+    Raises:
+        ConfigError: there are such runs, or SLURM does not say.
+    """
     waiting = _jobs_of([run.folder for run in runs])
+    if waiting is None:
+        if shutil.which("sbatch") is None:
+            return
+        raise ConfigError(
+            "SLURM does not answer (squeue), so it is not known whether jobs of earlier submissions still train these "
+            "runs; nothing was submitted, try again"
+        )
     if not waiting:
         return
     lines = [f"  {folder}: job {job}" for folder, job in waiting.items()]
@@ -140,13 +167,28 @@ def check_queue(runs: Sequence[Run]) -> None:
 
 
 def _job_of(folder: Path) -> str | None:
-    return _jobs_of([folder]).get(folder)
+    return (_jobs_of([folder]) or {}).get(folder)
 
 
-def _jobs_of(folders: Sequence[Path]) -> dict[Path, str]:
-    """The folders that a job in the queue trains, with its id."""
-    jobs = {folder: [str(line["job"]) for line in read_jobs(folder) if "job" in line] for folder in folders}
-    ids = list(dict.fromkeys(job for some in jobs.values() for job in some))
-    there = (queued(ids) if ids else None) or {}
-    found = {folder: next((job for job in reversed(some) if job in there), None) for folder, some in jobs.items()}
-    return {folder: job for folder, job in found.items() if job is not None}
+def _jobs_of(folders: Sequence[Path]) -> dict[Path, str] | None:
+    """The folders that a job in the queue trains, with its id; None where the queue cannot be asked.
+
+    A run that was only tried in a session (salloc, Jupyter) is not in the queue with it.
+    """
+    lines = {folder: [line for line in read_jobs(folder) if "job" in line] for folder in folders}
+    submitted = {str(line["job"]) for some in lines.values() for line in some if line.get("event") == "submitted"}
+    ids = list(dict.fromkeys(str(line["job"]) for some in lines.values() for line in some))
+    there = queued(ids) if ids else {}
+    if there is None:
+        return None
+    ours = {job for job in there if job in submitted or is_of_scripts(job)}
+    found: dict[Path, str] = {}
+    for folder, some in lines.items():
+        jobs = [job for job in (str(line["job"]) for line in reversed(some)) if job in there]
+        trains = next((job for job in jobs if job in ours), None)
+        if trains is not None:
+            found[folder] = trains
+        elif jobs and read_outcome(folder) is None:
+            note = f"run {folder} was begun in the session of job {jobs[0]} and has not said that it ended"
+            print(f"distkd: {note}; if it trains there now, stop it before the new job starts", file=sys.stderr)
+    return found

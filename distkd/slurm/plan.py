@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from distkd.errors import ConfigError
 from distkd.slurm.site import Site, limit_seconds
+from distkd.slurm.words import for_report
 
 __all__ = ["After", "Job", "Request", "Run", "Stage", "plan", "ranges"]
 
@@ -30,6 +31,8 @@ class Run:
     done: bool = False
     teacher: tuple[int, int] | None = None
     """Number of the stage of this submission whose run is its teacher, and that run's array id."""
+    streamed: bool = False
+    """Whether its shard set has a URL: no folder that could be copied to a node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Job:
     """Folders that it trains, by array id."""
     is_array: bool = False
     after: tuple[After, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What its environment has beside that of the other jobs."""
 
     def dependency(self, ids: Sequence[str]) -> list[str]:
         """Options of sbatch for what it waits for, given the ids of the jobs before it in the plan."""
@@ -92,6 +97,7 @@ class Request:
     elastic: int | None = None
     """Nodes that are enough to go on after a loss."""
     throttle: int | None = None
+    """Tasks of one array that may run at once."""
 
     def check(self) -> None:
         """
@@ -117,7 +123,7 @@ class Request:
         if self.elastic is not None and self.elastic > (self.nodes or 1):
             raise ConfigError(
                 f"--elastic {self.elastic} is the smallest number of nodes, but the job has {self.nodes or 1}; "
-                "name as many or more with --nodes"
+                "name as many or more with --nodes, or a smaller --elastic (DISTKD_ELASTIC in the site's settings)"
             )
 
     def train_options(self, name: str, array: str | None) -> tuple[str, ...]:
@@ -130,6 +136,7 @@ class Request:
         return tuple(
             option
             for option in (
+                *self.site.sbatch_options,  # first, so that what follows wins
                 *self._common(name, "%x-%A_%a.out" if array else "%x-%j.out"),
                 _option("--nodes", self.nodes),
                 _option("--constraint", site.constraint),
@@ -149,12 +156,16 @@ class Request:
     def report_options(self) -> tuple[str, ...]:
         """Options of sbatch for a job of one core without a GPU."""
         fixed = ("--nodes=1", "--ntasks=1", "--cpus-per-task=1", f"--time={REPORT_TIME}")
-        return tuple(option for option in (*self._common("report", "%x-%j.out"), *fixed) if option is not None)
+        options = (*for_report(self.site.sbatch_options), *self._common("report", "%x-%j.out"), *fixed)
+        return tuple(option for option in options if option is not None)
+
+    def variables(self, runs: Iterable[Run]) -> dict[str, str]:
+        """What a job that trains these runs has in its environment: with a URL, data.scratch would be refused."""
+        return {"DISTKD_SCRATCH": ""} if self.site.scratch is not None and any(run.streamed for run in runs) else {}
 
     def _common(self, name: str, log: str) -> tuple[str | None, ...]:
         site = self.site
         return (
-            *site.sbatch_options,  # first, so that what follows wins
             f"--job-name={name}",
             f"--chdir={self.chdir}",
             f"--output={str(self.logs).replace('%', '%%')}/{log}",
@@ -246,6 +257,7 @@ def _job_per_stage(
                     {task: (stage.runs[task].folder,) for task in tasks},
                     is_array,
                     () if after is None else (after,),
+                    request.variables(stage.runs[task] for task in tasks),
                 )
             )
     return jobs
@@ -274,7 +286,8 @@ def _one_job(
     script = "folds.sbatch" if is_array else "train.sbatch" if len(missing) == 1 else "stages.sbatch"
     arguments = (*(stage.config for stage in missing), *words)
     options = request.train_options(name, ranges(list(runs)) if is_array else None)
-    return [Job(name, script, arguments, options, dict(sorted(runs.items())), is_array)]
+    variables = request.variables(run for stage in missing for run in stage.runs.values())
+    return [Job(name, script, arguments, options, dict(sorted(runs.items())), is_array, variables=variables)]
 
 
 def _in_order(stages: Sequence[Stage]) -> list[int]:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["QueuedJob", "queued"]
+__all__ = ["QueuedJob", "is_of_scripts", "max_task", "queued"]
 
 ANSWER_S = 30.0
 """How long the controller may take; SLURM's own time-out of a message is 10 s, and squeue tries again."""
@@ -50,6 +50,31 @@ def queued(ids: Sequence[str] | None = None) -> dict[str, QueuedJob] | None:
         return None
     jobs = [_read(line) for line in answer.stdout.splitlines() if line.count("|") == 4]
     return {job.job: job for job in jobs if ids is None or job.job in ids or job.job.partition("_")[0] in ids}
+
+
+def is_of_scripts(job: str) -> bool:
+    """Whether a job of the queue runs a script of `slurm/`, and is no session in which people try things."""
+    answer = _asked("scontrol", "show", "job", job)
+    found = re.search(r"^\s*Command=.*/slurm/\w+\.sbatch(\s|$)", answer or "", re.MULTILINE)
+    return found is not None
+
+
+def max_task() -> int | None:
+    """The largest id that a task of an array may have here; None where it is not known."""
+    answer = _asked("scontrol", "show", "config")
+    found = None if answer is None else re.search(r"^MaxArraySize\s*=\s*(\d+)", answer, re.MULTILINE)
+    return None if found is None else int(found[1]) - 1
+
+
+def _asked(*command: str) -> str | None:
+    """What a command of SLURM's says; None where there is no such command or no answer."""
+    try:
+        answer = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=ANSWER_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if answer.returncode else answer.stdout
 
 
 def _read(line: str) -> QueuedJob:

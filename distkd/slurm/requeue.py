@@ -94,7 +94,7 @@ def decide(end: Ending, past: Past, limits: Limits) -> Verdict:
     if failures > limits.failures:
         why = f"failed {failures} times in a row without a newer checkpoint (DISTKD_MAX_FAILURES={limits.failures})"
         return Verdict(False, why, now)
-    return Verdict(True, f"failure {failures} without a newer checkpoint", replace(again, failures=failures, idle=0))
+    return Verdict(True, f"failure {failures} since the newest checkpoint", replace(again, failures=failures, idle=0))
 
 
 def position(notes: Path) -> str:

@@ -1,13 +1,13 @@
 """What differs from one cluster to the next: `site.env`, a file of bash assignments, as a typed value.
 
-Bash reads it, here for the options of `sbatch` and in the job for what runs there, so both see the same values.
+Bash reads it, here for the options of `sbatch` and in the job for what runs there, so both see the same values. What is
+set in the environment wins over it, in both places.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from distkd.errors import ConfigError
+from distkd.slurm.words import read_options
 
-__all__ = ["Site", "find_site", "limit_seconds", "read_site"]
+__all__ = ["RUN_TIME", "Site", "find_site", "limit_seconds", "read_site"]
 
 READ_S = 30.0
 """A file of assignments takes no time; one that waits for something would wait in every job, too."""
@@ -25,14 +26,12 @@ READ_S = 30.0
 PREFIX = "DISTKD_"
 RUN_TIME = (
     "DISTKD_MODULES", "DISTKD_SETUP", "DISTKD_CONTAINER", "DISTKD_PYTHON", "DISTKD_SCRATCH", "DISTKD_INTERFACE",
-    "DISTKD_METRICS",
+    "DISTKD_METRICS", "DISTKD_RANKS_PER_NODE", "DISTKD_ELASTIC", "DISTKD_MAX_FAILURES", "DISTKD_MAX_REQUEUES",
 )  # fmt: skip
 """Settings that the scripts read where the job runs."""
 
-OWN_OPTIONS = (
-    "--array", "--chdir", "--dependency", "--export", "--job-name", "--output", "--parsable", "--signal", "--wrap",
-)  # fmt: skip
-"""Options of sbatch that `distkd submit` gives itself."""
+EXCLUSIVE = ("DISTKD_MEM", "DISTKD_MEM_PER_GPU")
+"""SLURM takes only one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,20 @@ class Site:
     throttle: int | None = None
     """Tasks of an array that may run at once."""
     sbatch_options: tuple[str, ...] = ()
+    ranks_per_node: int | None = None
+    elastic: int | None = None
+    """Nodes that are enough to go on after a loss."""
+    scratch: str | None = None
+    """Folder on a node's own disk for copies of shards; its `$NAMES` are filled in there."""
+    metrics: str | None = None
+    """Who may scrape the ranks: off, local or network."""
     at_run_time: frozenset[str] = frozenset()
-    """Names of the settings for the job itself that the file gives."""
+    """Names of the settings for the job itself that are given."""
+
+    def overrides(self, *, streamed: bool) -> list[str]:
+        """Words that the scripts put before the user's; a set that is streamed has no folder to copy."""
+        words = [] if self.scratch is None or streamed else ["--data.scratch", self.scratch]
+        return words + ([] if self.metrics is None else ["--metrics.export", self.metrics])
 
 
 def find_site(given: Path | None, home: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -77,16 +88,20 @@ def find_site(given: Path | None, home: Path, environ: Mapping[str, str] = os.en
     return named
 
 
-def read_site(path: Path | None) -> Site:
-    """The settings of a site file; those of SLURM alone without one.
+def read_site(path: Path | None, environ: Mapping[str, str] = os.environ) -> Site:
+    """The settings of a site file, over which those of the environment win; an empty one there takes that of the file
+    away.
 
     Raises:
         ConfigError: all that is wrong, one line each.
     """
-    if path is None:
-        return Site()
-    found = {name: value.strip() for name, value in _run_by_bash(path).items() if value.strip()}
-    problems = [_unknown(name) for name in sorted(found) if _unknown(name)]
+    known = dict.fromkeys((*_FIELDS, *RUN_TIME))
+    of_file = {} if path is None else {name: value for name, value in _run_by_bash(path).items() if value.strip()}
+    of_environment = {name: environ[name] for name in known if name in environ}
+    problems = [_unknown(name) for name in sorted(of_file) if _unknown(name)]
+    if sum(bool(of_environment.get(name, "").strip()) for name in EXCLUSIVE) == 1:
+        of_file = {name: value for name, value in of_file.items() if name not in EXCLUSIVE}
+    found = {name: value.strip() for name, value in (of_file | of_environment).items() if value.strip()}
     values: dict[str, Any] = {}
     for name, (field, read) in _FIELDS.items():
         if name in found:
@@ -94,15 +109,21 @@ def read_site(path: Path | None) -> Site:
                 values[field] = read(found[name])
             except ValueError as error:
                 problems.append(f"{name}={found[name]!r}: {error}")
+    problems += [
+        f"{name}={found[name]!r}: expected a whole number of 0 or more"
+        for name in ("DISTKD_MAX_FAILURES", "DISTKD_MAX_REQUEUES")
+        if not re.fullmatch(r"\d+", found.get(name, "0"))
+    ]
     if "mem" in values and "mem_per_gpu" in values:
         problems.append("DISTKD_MEM and DISTKD_MEM_PER_GPU exclude each other, SLURM takes only one; remove one")
     if "gpu_type" in values and "gpus_per_node" not in values:
         problems.append("DISTKD_GPU_TYPE needs DISTKD_GPUS_PER_NODE, the number of GPUs")
-    if found.get("DISTKD_METRICS", "off") not in ("off", "local", "network"):
-        problems.append(f"DISTKD_METRICS={found['DISTKD_METRICS']!r}: expected off, local or network")
     if problems:
+        names = [name for name in of_environment if name in found]
+        sources = [] if path is None else [f"site file {path}"]
+        sources += [f"{', '.join(names)} of the environment"] if names else []
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise ConfigError(f"site file {path} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
+        raise ConfigError(f"{' with '.join(sources)} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
     return Site(**values, at_run_time=frozenset(name for name in RUN_TIME if name in found))
 
 
@@ -146,7 +167,7 @@ def _run_by_bash(path: Path) -> dict[str, str]:
 
 def _unknown(name: str) -> str:
     """What is wrong with a name; names without the prefix are variables for the job, such as NCCL_DEBUG."""
-    known = (*_FIELDS, *RUN_TIME)
+    known = tuple(dict.fromkeys((*_FIELDS, *RUN_TIME)))
     if name in known:
         return ""
     if not name.startswith(PREFIX):
@@ -184,18 +205,10 @@ def _limit(text: str) -> str:
     return text
 
 
-def _options(text: str) -> tuple[str, ...]:
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ValueError(f"{error}; close the quotes") from error
-    for word in words:
-        option = word.partition("=")[0]
-        if option == "--gpus-per-task":
-            raise ValueError("--gpus-per-task hides all but one GPU from the ranks; use DISTKD_GPUS_PER_NODE")
-        if option in OWN_OPTIONS:
-            raise ValueError(f"{option} is given by `distkd submit` itself; remove it")
-    return words
+def _metrics(text: str) -> str:
+    if text not in ("off", "local", "network"):
+        raise ValueError("expected off, local or network")
+    return text
 
 
 _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -212,6 +225,10 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DISTKD_TIME": ("time", _limit),
     "DISTKD_EXCLUSIVE": ("exclusive", _yes),
     "DISTKD_THROTTLE": ("throttle", _count),
-    "DISTKD_SBATCH_OPTIONS": ("sbatch_options", _options),
+    "DISTKD_SBATCH_OPTIONS": ("sbatch_options", read_options),
+    "DISTKD_RANKS_PER_NODE": ("ranks_per_node", _count),
+    "DISTKD_ELASTIC": ("elastic", _count),
+    "DISTKD_SCRATCH": ("scratch", _word),
+    "DISTKD_METRICS": ("metrics", _metrics),
 }
-"""Settings of `sbatch`: the field of `Site`, and what makes a value of the text."""
+"""Settings that `distkd submit` looks at: the field of `Site`, and what makes a value of the text."""

@@ -26,6 +26,12 @@ ACTIVE = (*RUNNING, "queued again", "queued", "waiting")
 """States that change without anybody's help."""
 
 _MAX_DEPTH = 4
+_NO_RUNS = re.compile(r"\.|submitted-|notes\.|logs\.|(checkpoints|events|export|prometheus|__pycache__)$")
+"""Folders that are not looked into: a submission's has copies of configs, which are no runs."""
+_LOG = re.compile(r"-(\d+(?:_\d+)?)\.out$")
+"""Name of a job's log; the job's folder lies beside it and goes by the id."""
+_OF_JOB = re.compile(r"(stop|notes|logs)\.\d+$")
+"""What a job's folder holds: a folder of logs for each attempt, node and rank, and no run."""
 _QUIET_S = 300.0
 """No news for so long is worth a word, and for ten times as long as lines were apart before."""
 _FIRST_NEWS_S = 900.0
@@ -131,17 +137,18 @@ def find(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _runs_below(folder: Path, depth: int) -> list[Path]:
-    if (folder / "config.yaml").is_file() or (folder / "jobs.jsonl").is_file():
-        return [folder]
-    if depth == 0:
-        return []
     try:
-        children = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except PermissionError:  # somebody else's
+        with os.scandir(folder) as found:
+            entries = {entry.name: entry for entry in found}
+    except (PermissionError, FileNotFoundError):  # somebody else's, or it has just been removed
         return []
-    # the folder of a submission has copies of configs, which are no runs
-    inside = [child for child in children if not child.name.startswith((".", "submitted-"))]
-    return [run for child in inside for run in _runs_below(child, depth - 1)]
+    if "config.yaml" in entries or "jobs.jsonl" in entries:
+        return [folder]
+    if depth == 0 or any(map(_OF_JOB.match, entries)):
+        return []
+    jobs = {log[1] for log in map(_LOG.search, entries) if log is not None}
+    inside = [name for name in sorted(entries.keys() - jobs) if not _NO_RUNS.match(name) and entries[name].is_dir()]
+    return [run for name in inside for run in _runs_below(folder / name, depth - 1)]
 
 
 def _row(name: str, folder: Path, queue: Mapping[str, QueuedJob] | None, now: float) -> Row:
@@ -205,7 +212,7 @@ def _judge(at: Position, job: Job | None, *, asked: bool, now: float) -> tuple[s
     if job is not None and job.pends:
         return _pending(at, job)
     if job is not None and job.state:
-        if at.job != job.job or at.ending == "interrupted":
+        if at.job != job.job or at.ending == "interrupted" or _starts_again(job):
             return "starting", ""
         if at.ending == "failed":
             return "failed", _failure(at)
@@ -223,6 +230,11 @@ def _judge(at: Position, job: Job | None, *, asked: bool, now: float) -> tuple[s
         return "lost", f"job {at.job} is gone and the run has not said how it ended{see}; submit again to resume"
     state, advice = _going(at, None, now)
     return ("lost", f"{advice}; if it no longer runs, start it again to resume") if advice else (state, "")
+
+
+def _starts_again(job: Job) -> bool:
+    """Whether the job has begun a later attempt than the one that the run speaks of."""
+    return bool(job.log) and (Path(job.log).parent / job.job / f"stop.{job.restarts + 1}").exists()
 
 
 def _pending(at: Position, job: Job) -> tuple[str, str]:

@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import distkd
-from distkd.allocation import note_job
 from distkd.data.make import make_shards
 from distkd.data.manifest import MANIFEST
 from distkd.errors import ConfigError
 from distkd.files import write_text
-from distkd.slurm.checks import check_folds, check_queue, check_units, sets_to_make
+from distkd.slurm.checks import check_array, check_folds, check_queue, check_units, sets_to_make
 from distkd.slurm.plan import Job, Request, Stage, plan, ranges, report_arguments
-from distkd.slurm.site import Site, find_site, read_site
+from distkd.slurm.sbatch import alone, carry_out, words_of
+from distkd.slurm.site import RUN_TIME, Site, find_site, read_site
+from distkd.slurm.surroundings import foreign, surroundings
 from distkd.slurm.units import Options, Unit, each_run_once, numbers_of, stages_of
 
-__all__ = ["Options", "Unit", "submit"]
+__all__ = ["Options", "Unit", "Where", "submit", "where"]
 
-KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_CONF_SERVER"}
-"""Variables of SLURM that say which cluster is meant; the others belong to the job that somebody submits from."""
+OWN_PYTHON = {"DISTKD_PYTHON", "DISTKD_CONTAINER", "DISTKD_SETUP", "DISTKD_MODULES"}
+"""Settings of a site that say which interpreter its jobs have."""
 
 
-def submit(units: Sequence[Unit], options: Options) -> None:
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The clone and the cluster that a submission is for."""
+
+    home: Path
+    site_file: Path | None
+    site: Site
+    environ: Mapping[str, str]
+    """Variables that the jobs are given, without those of a job that this is called from."""
+
+
+def where(site: Path | None) -> Where:
+    """
+    Raises:
+        ConfigError: there are no job scripts, or the site's settings have mistakes.
+    """
+    home, environ = _home(), surroundings()
+    path = find_site(site, home, environ)
+    return Where(home, path, read_site(path, environ), environ)
+
+
+def submit(units: Sequence[Unit], options: Options, place: Where) -> None:
     """Submit the jobs that train what is not done yet, or print them.
 
     Raises:
         DistkdError: something would not work; nothing has been submitted then, or it has been cancelled again.
     """
-    home = _home()
-    site_file = find_site(options.site, home)
-    site = read_site(site_file)
+    site, home = place.site, place.home
+    options = replace(
+        options, ranks_per_node=options.ranks_per_node or site.ranks_per_node, elastic=options.elastic or site.elastic
+    )
     units = each_run_once(units)
     root = units[0].settings.run.root
     folds, seeds = ({number for number in numbers if number is not None} for numbers in numbers_of(units))
@@ -50,15 +71,14 @@ def submit(units: Sequence[Unit], options: Options) -> None:
         advice = shlex.join(["distkd", "report", *report_arguments([run.folder for run in all_runs], root)])
         print(f"nothing to submit: {_count(done, 'run')} of {done} done; see  {advice}")
         return
-    check_queue([run for run in all_runs if not run.done])
     sets = sets_to_make(units)
     check_folds(units)
 
-    jobs_folder = Path(os.environ.get("DISTKD_JOBS") or root / "slurm").absolute()
+    jobs_folder = Path(place.environ.get("DISTKD_JOBS") or root / "slurm").absolute()
     request = Request(
         site, Path.cwd(), jobs_folder, options.nodes, options.time, options.lead_s, options.elastic, options.throttle
     )
-    handed = _handed(options, site, home, jobs_folder, site_file, folds, seeds)
+    handed = _handed(options, place, jobs_folder, folds, seeds)
     words = [*(["--allow-change"] if options.allow_change else []), *options.words]
 
     def planned(stages: Sequence[Stage]) -> list[Job]:
@@ -67,10 +87,17 @@ def submit(units: Sequence[Unit], options: Options) -> None:
             root=root, words=words,
         )  # fmt: skip
 
+    def missing() -> None:
+        check_queue([run for run in all_runs if not run.done])
+
     jobs = planned(stages)
+    check_array(jobs)
     if done:
         print(f"distkd: {_count(done, 'run')} done already, left out", file=sys.stderr)
+    for name in dict.fromkeys(job.name for job in jobs if job.variables):
+        print(f"distkd: {name} reads shards from a URL, nothing is copied to DISTKD_SCRATCH for it", file=sys.stderr)
     if options.dry_run:
+        missing()
         print(_script(jobs, handed, home, jobs_folder, sets), end="")
         return
     if shutil.which("sbatch") is None:
@@ -79,17 +106,25 @@ def submit(units: Sequence[Unit], options: Options) -> None:
             f"  {_without_slurm(units, options, home, folds, seeds, words)}\n"
             "and --dry-run shows the jobs of a cluster"
         )
-    for shards, recipe in sets.items():
-        make_shards(recipe, shards)
-    check_folds(units)  # of these, too
-    folder = _submission_folder(jobs_folder)
-    copies = _copy_configs(stages, folder)
-    jobs = planned([Stage(stage.name, copies[stage.config], stage.runs) for stage in stages])
-    handed["DISTKD_SITE"] = str(folder / "site.env")
-    write_text(folder / "site.env", "" if site_file is None else site_file.read_text(encoding="utf-8"))
-    write_text(folder / "commands.txt", _script(jobs, handed, home, jobs_folder, sets))
-    ids = _carry_out(jobs, handed, home, jobs_folder)
+    _make_jobs_folder(jobs_folder)
+    with alone(jobs_folder):
+        missing()
+        for shards, recipe in sets.items():
+            make_shards(recipe, shards)
+        check_folds(units)  # of these, too
+        folder = _submission_folder(jobs_folder)
+        copies = _copy_configs(stages, folder)
+        jobs = planned([Stage(stage.name, copies[stage.config], stage.runs) for stage in stages])
+        handed["DISTKD_SITE"] = str(folder / "site.env")
+        settings = "" if place.site_file is None else place.site_file.read_text(encoding="utf-8")
+        write_text(folder / "site.env", settings)
+        write_text(folder / "commands.txt", _script(jobs, handed, home, jobs_folder, sets))
+        for name in ("site.env", "commands.txt"):  # there may be a token in a value
+            (folder / name).chmod(0o600)
+        ids = carry_out(jobs, {**place.environ, **handed}, home, jobs_folder)
     print(_table(jobs, ids))
+    if folds or seeds:
+        print(f"\ntasks:   {_tasks(folds, seeds)}", end="")
     print(f"\nwatch:   {shlex.join(['distkd', 'status', str(root)])}")
     print(f"cancel:  {shlex.join(['scancel', *ids])}")
     print(f"logs:    {_short(jobs_folder)}; what was submitted: {_short(folder)}")
@@ -108,34 +143,21 @@ def _home() -> Path:
 # what is handed to sbatch
 
 
-def _handed(
-    options: Options, site: Site, home: Path, jobs: Path, site_file: Path | None, folds: set[int], seeds: set[int]
-) -> dict[str, str]:
+def _handed(options: Options, place: Where, jobs: Path, folds: set[int], seeds: set[int]) -> dict[str, str]:
     """Variables that the scripts read; sbatch hands the whole environment on."""
-    handed = {"DISTKD_HOME": str(home), "DISTKD_JOBS": str(jobs)}
-    if site_file is not None:
-        handed["DISTKD_SITE"] = str(site_file.absolute())
-    if not site.at_run_time & {"DISTKD_PYTHON", "DISTKD_CONTAINER"} and not os.environ.get("DISTKD_PYTHON"):
+    handed = {name: place.environ[name] for name in RUN_TIME if name in place.environ}  # for the script of a dry run
+    handed |= {"DISTKD_HOME": str(place.home), "DISTKD_JOBS": str(jobs), "DISTKD_LEAD": str(options.lead_s)}
+    if place.site_file is not None:
+        handed["DISTKD_SITE"] = str(place.site_file.absolute())
+    if not place.site.at_run_time & OWN_PYTHON:
         handed["DISTKD_PYTHON"] = sys.executable  # the environment of this command, activated or not
     if options.ranks_per_node is not None:
         handed["DISTKD_RANKS_PER_NODE"] = str(options.ranks_per_node)
-    if options.elastic is not None or os.environ.get("DISTKD_ELASTIC"):
-        handed["DISTKD_ELASTIC"] = str(options.elastic or "")  # without --no-kill it would do nothing
+    if options.elastic is not None:
+        handed["DISTKD_ELASTIC"] = str(options.elastic)
     if folds or seeds:
         handed |= {"FOLDS": ranges(list(folds)), "SEEDS": ranges(list(seeds))}
     return handed
-
-
-def _words(job: Job, home: Path, ids: Sequence[str]) -> list[str]:
-    options = [*job.options, *job.dependency(ids)]
-    return ["sbatch", "--parsable", *options, str(home / "slurm" / job.script), *job.arguments]
-
-
-def _foreign() -> list[str]:
-    """Variables of the job that this is called from, which would be taken for those of the new ones."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return []
-    return sorted(name for name in os.environ if name.startswith("SLURM_") and name not in KEPT)
 
 
 def _script(
@@ -143,8 +165,8 @@ def _script(
 ) -> str:
     """The commands as bash runs them."""
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(str(Path.cwd()))}"]
-    lines += [f"unset {' '.join(_foreign())}"] if _foreign() else []
-    lines += [f"mkdir -p {shlex.quote(str(jobs_folder))}  # SLURM ends a job in silence that cannot write its log"]
+    lines += [f"unset {' '.join(foreign())}"] if foreign() else []
+    lines += [f"mkdir -p -m 700 {shlex.quote(str(jobs_folder))}  # a job that cannot write its log ends in silence"]
     for shards, recipe in sets.items():
         make = shlex.join([sys.executable, str(home / "shards" / f"{recipe}.py"), "--out", str(shards)])
         lines += [f"[[ -e {shlex.quote(str(shards / MANIFEST))} ]] || {make}"]
@@ -153,10 +175,11 @@ def _script(
     for job, variable in zip(jobs, ids, strict=True):
         words = [
             word if word.startswith("--dependency=") else shlex.quote(word)  # the variables in it are to be filled in
-            for word in _words(job, home, ids)
+            for word in words_of(job, home, ids)
         ]
+        own = [f"{name}={shlex.quote(value)}" for name, value in job.variables.items()]
         about = f"{job.name}: {_count(sum(map(len, job.runs.values())), 'run')}" if job.runs else job.name
-        lines += ["", f"# {about}", f"{variable[1:]}=$({' '.join(words)})"]
+        lines += ["", f"# {about}", f"{variable[1:]}=$({' '.join([*own, *words])})"]
     lines += ["", f'echo "submitted: {" ".join(ids)}"', ""]
     return "\n".join(lines)
 
@@ -176,18 +199,30 @@ def _without_slurm(
     return shlex.join([*variables, str(script), *ranks, *configs, *study, *words])
 
 
+def _make_jobs_folder(jobs_folder: Path) -> None:
+    """For this user alone, as logs name samples; one that is there keeps its rights."""
+    try:
+        jobs_folder.parent.mkdir(parents=True, exist_ok=True)
+        jobs_folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(jobs_folder, error) from error
+
+
+def _unwritable(jobs_folder: Path, error: OSError) -> ConfigError:
+    why = f"the jobs' folder {jobs_folder} cannot be written: {error.strerror}"
+    return ConfigError(f"{why}; name another one with DISTKD_JOBS")
+
+
 def _submission_folder(jobs_folder: Path) -> Path:
-    """A new folder for what is submitted now; it makes that of the logs, too."""
+    """A new folder for what is submitted now."""
     stamp = time.strftime("submitted-%Y%m%d-%H%M%S")
     for name in _tried(stamp):
         try:
-            (jobs_folder / name).mkdir(parents=True)
+            (jobs_folder / name).mkdir(mode=0o700)
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(
-                f"the jobs' folder {jobs_folder} cannot be written: {error.strerror}; name another one with DISTKD_JOBS"
-            ) from error
+            raise _unwritable(jobs_folder, error) from error
         return jobs_folder / name
     raise AssertionError("names do not end")
 
@@ -212,65 +247,13 @@ def _copy_configs(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
     return copies
 
 
-def _carry_out(jobs: Sequence[Job], handed: Mapping[str, str], home: Path, jobs_folder: Path) -> list[str]:
-    """Submit the jobs in order and note them in the folders of their runs, all or none; returns the ids."""
-    foreign = _foreign()
-    environment = {name: value for name, value in os.environ.items() if name not in foreign} | dict(handed)
-    ids: list[str] = []
-    try:
-        for job in jobs:
-            ids.append(_sbatch(job, _words(job, home, ids), environment))
-            for task, folders in job.runs.items():
-                shown = f"{ids[-1]}_{task}" if job.is_array else ids[-1]
-                for folder in folders:
-                    note_job(
-                        folder, "submitted", job=shown, script=job.script,
-                        log=str(jobs_folder / f"{job.name}-{shown}.out"), after=job.waits_for(ids, task),
-                    )  # fmt: skip
-    except BaseException as error:
-        cancelled = _cancel(ids)
-        if isinstance(error, ConfigError) and cancelled:
-            raise ConfigError(f"{error}\n{cancelled}") from error
-        raise
-    return ids
-
-
-def _sbatch(job: Job, words: Sequence[str], environment: Mapping[str, str]) -> str:
-    done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    found = re.fullmatch(r"(\d+)(;.*)?", done.stdout.strip().rpartition("\n")[2])
-    if done.returncode or found is None:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}"
-        raise ConfigError(
-            f"SLURM refused the job {job.name}:\n{said}\n"
-            "mend the option that it names, on the command line or in the site file (slurm/site.env, --site); "
-            "--dry-run shows the commands, and `sinfo` what there is"
-        )
-    if done.stderr.strip():
-        print(done.stderr.strip(), file=sys.stderr)
-    return found[1]
-
-
-def _cancel(ids: Sequence[str]) -> str:
-    """Take back what was submitted; in words what became of it."""
-    if not ids:
-        return ""
-    command = ["scancel", *ids]
-    try:
-        failed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0
-    except OSError:
-        failed = True
-    if failed:
-        return f"jobs {', '.join(ids)} were submitted before and could not be cancelled:  {shlex.join(command)}"
-    return f"jobs {', '.join(ids)}, submitted before, were cancelled again"
-
-
 # what is said
 
 
 def _table(jobs: Sequence[Job], ids: Sequence[str]) -> str:
     rows = [("job", "name", "runs", "waits for")]
     how = {"afterok": "", "aftercorr": " (task by task)", "afterany": ""}
-    for job, shown in zip(jobs, ids, strict=True):
+    for job, shown in zip(jobs, ids, strict=False):  # perhaps without the report
         waits = " ".join(ids[on.job] for on in job.after) + (how[job.after[0].kind] if job.after else "-")
         runs = str(sum(map(len, job.runs.values())) or "-")
         tasks = f"{shown}_[{ranges(list(job.runs))}]" if job.is_array else shown
@@ -279,6 +262,12 @@ def _table(jobs: Sequence[Job], ids: Sequence[str]) -> str:
     return "\n".join(
         "  ".join([*(word.ljust(width) for word, width in zip(row, widths, strict=False)), row[3]]) for row in rows
     )
+
+
+def _tasks(folds: set[int], seeds: set[int]) -> str:
+    """What the ids of an array mean."""
+    names = [f"{word} {ranges(list(numbers))}" for word, numbers in (("folds", folds), ("seeds", seeds)) if numbers]
+    return f"numbered from 0 through {', for each through '.join(names)}"
 
 
 def _count(number: int, word: str) -> str:

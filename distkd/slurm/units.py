@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distkd.data.remote.transport import is_url
 from distkd.slurm.plan import Run, Stage
 from distkd.train.folder import read_outcome
 from distkd.train.settings import Settings
@@ -26,6 +27,11 @@ class Unit:
     teachers: Sequence[Path]
     """Resolved folders of which one is its teacher's run."""
 
+    @property
+    def streamed(self) -> bool:
+        """Whether its shard set has a URL."""
+        return self.settings.data.shards is not None and is_url(self.settings.data.shards)
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -38,7 +44,6 @@ class Options:
     together: bool = False
     elastic: int | None = None
     throttle: int | None = None
-    site: Path | None = None
     report: bool = True
     dry_run: bool = False
     allow_change: bool = False
@@ -56,24 +61,24 @@ def numbers_of(units: Sequence[Unit]) -> tuple[set[int | None], set[int | None]]
 
 
 def stages_of(units: Sequence[Unit], again: bool) -> list[Stage]:
-    """The units by config, each with the array id that the scripts give it; `again`: also those that are done."""
+    """The units by config, each with the array id that means it to the scripts; `again`: also those that are done.
+
+    The id is the place in the list of folds, of seeds, or of their pairs, folds first: a seed may be any number, an id
+    not (`MaxArraySize`).
+    """
     configs = list(dict.fromkeys(unit.config for unit in units))
     folds, seeds = (sorted(numbers, key=lambda number: number or 0) for numbers in numbers_of(units))
-    pairs = list(itertools.product(folds, seeds))
-
-    def task(unit: Unit) -> int:
-        if unit.fold is not None and unit.seed is not None:
-            return pairs.index((unit.fold, unit.seed))
-        return unit.fold or unit.seed or 0
-
-    place_of = {unit.settings.folder.resolve(): (configs.index(unit.config), task(unit)) for unit in units}
+    task_of = {pair: task for task, pair in enumerate(itertools.product(folds, seeds))}
+    place_of = {
+        unit.settings.folder.resolve(): (configs.index(unit.config), task_of[unit.fold, unit.seed]) for unit in units
+    }
     runs: list[dict[int, Run]] = [{} for _ in configs]
     names: list[str] = [""] * len(configs)
     for unit in units:
         number, here = place_of[unit.settings.folder.resolve()]
         teacher = next((place_of[folder] for folder in unit.teachers if folder in place_of), None)
         folder = unit.settings.folder
-        runs[number][here] = Run(folder, not again and _is_done(folder), teacher)
+        runs[number][here] = Run(folder, not again and _is_done(folder), teacher, unit.streamed)
         names[number] = names[number] or _bare(unit)
     return [
         Stage(name, str(config), dict(sorted(of_config.items())))

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from distkd.base import World
 from distkd.comm.world import broadcast_object, gather_objects
 from distkd.engines import Engine, Entry, under
-from distkd.errors import CheckpointError, DivergedError
-from distkd.files import digest, read_json
+from distkd.errors import CheckpointError, DiskError, DivergedError
+from distkd.files import digest, raise_disk_fault, read_json
 from distkd.train.rows import bank_rows, fill_rows, is_part, rows_entry
 
 __all__ = [
@@ -74,6 +74,8 @@ class Tensors(Mapping[str, Tensor]):
                     name = f"{path.stem}/{key}" if old else key
                     self._files[name], self._key[name] = file, key
         except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError):
+                raise_disk_fault(f"checkpoint {folder}", error)
             raise CheckpointError(
                 f"cannot read checkpoint {folder}: {error}; remove it to use the older one"
             ) from error
@@ -167,27 +169,32 @@ def find_latest(checkpoints: Path, world: World) -> Path | None:
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged; or the newest is of a newer version.
+        DiskError: there are checkpoints, none is whole, and one cannot be read at present.
 
     Collectives: one broadcast.
     """
-    answer: Path | CheckpointError | None = None
+    answer: Path | CheckpointError | DiskError | None = None
     if world.is_main:
         for partial in checkpoints.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         try:
             answer = _newest_whole(checkpoints)
-        except CheckpointError as error:
+        except (CheckpointError, DiskError) as error:
+            error.local = False  # all ranks raise it
             answer = error
     answer = broadcast_object(answer, world)
-    if isinstance(answer, CheckpointError):
+    if isinstance(answer, CheckpointError | DiskError):
         raise answer
     return answer
 
 
 def _newest_whole(checkpoints: Path) -> Path | None:
     found = complete(checkpoints)
-    whole = next((path for path in reversed(found) if _is_whole(path)), None)
+    errors: list[OSError] = []
+    whole = next((path for path in reversed(found) if _is_whole(path, errors)), None)
     if whole is None and found:
+        for error in errors:
+            raise_disk_fault(f"checkpoints in {checkpoints}", error)
         raise CheckpointError(
             f"every checkpoint in {checkpoints} is damaged (digests differ); remove the folder to start again"
         )
@@ -196,12 +203,16 @@ def _newest_whole(checkpoints: Path) -> Path | None:
     return whole
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, errors: list[OSError]) -> bool:
+    """Adds to `errors` why it cannot be read."""
     try:
         files: dict[str, str] = read_json(folder / META)["files"]
         return all(digest(folder / name) == expected for name, expected in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    except OSError as error:
+        errors.append(error)
+    except (ValueError, KeyError):
+        pass
+    return False
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

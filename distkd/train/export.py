@@ -15,7 +15,7 @@ from distkd.base import InputSpec
 from distkd.data.dataset import Dataset
 from distkd.data.transform import Preprocess
 from distkd.errors import CheckpointError, ConfigError, DiskError
-from distkd.files import atomic_folder, digest, read_json, write_json
+from distkd.files import atomic_folder, digest, raise_disk_fault, read_json, write_json
 from distkd.models.build import Classifier, ModelConfig, build
 
 __all__ = ["Export", "find_export", "load_export", "write_export"]
@@ -123,6 +123,7 @@ def load_export(path: Path) -> Export:
     Raises:
         CheckpointError: missing, unreadable, or a pickle where weights are expected.
         ConfigError: written by a newer version.
+        DiskError: the file system cannot give it.
     """
     folder = find_export(path)
     try:
@@ -136,4 +137,6 @@ def load_export(path: Path) -> Export:
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, OSError):
+            raise_disk_fault(str(folder / MODEL), error)
         raise CheckpointError(f"{folder / MODEL} cannot be read: {error}; export the teacher again") from error

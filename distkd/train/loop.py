@@ -20,6 +20,7 @@ from distkd.comm.world import barrier, broadcast_object
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
 from distkd.engines import Update
+from distkd.errors import TakenOverError
 from distkd.metrics.meters import Stopwatch
 from distkd.train import checkpoint
 from distkd.train.attention import write_attention
@@ -247,7 +248,13 @@ def save(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Put the selected weights into the student, export it, and score it on every split that was held out."""
+    """Put the selected weights into the student, export it, and score it on every split that was held out.
+
+    Raises:
+        TakenOverError: a later attempt has the run, and does all of this itself.
+    """
+    if not broadcast_object(run.is_current() if run.job.world.is_main else None, run.job.world):
+        raise TakenOverError(f"another attempt of this run has taken over in {run.folder}; this one ends")
     with run.job.engine.whole():
         _finish(run)
     barrier(run.job.world)

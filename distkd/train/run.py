@@ -15,7 +15,7 @@ from distkd.base import UNLABELLED
 from distkd.comm.world import broadcast_object
 from distkd.data.plan import Plan
 from distkd.errors import ConfigError, DataError, DiskError, Interrupted
-from distkd.files import read_json, write_json
+from distkd.files import DISK_FAULTS, read_json, write_json
 from distkd.metrics import targets
 from distkd.metrics.exporter import Exporter, Values, device_labels, node_labels, start_exporter
 from distkd.metrics.jsonl import MetricsWriter
@@ -35,8 +35,6 @@ from distkd.train.progress import Progress
 from distkd.train.saver import Fate, Saver
 
 __all__ = ["Run", "met_alone", "samples_per_pass"]
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @dataclass(slots=True)
@@ -144,8 +142,18 @@ class Run:
             patience_s=job.settings.engine.timeout_s,
             report=self._saved,
             attempt=self.token,
-            is_current=lambda: read_json(self.folder / "environment.json")["token"] == self.token,
+            is_current=self.is_current,
         )
+
+    def is_current(self) -> bool:
+        """Whether the folder is still this attempt's: the ranks of one may outlive their launcher.
+
+        Also where nobody can tell: what is written then fails by itself, or is right.
+        """
+        try:
+            return read_json(self.folder / "environment.json")["token"] == self.token
+        except (OSError, ValueError, KeyError):
+            return True
 
     def _saved(self, fate: Fate) -> None:
         if fate.error is None:
@@ -153,7 +161,7 @@ class Run:
         else:
             self.events.add("checkpoint_failed", step=fate.step, reason=fate.error)
 
-    def _make_folder(self) -> ConfigError | None:
+    def _make_folder(self) -> ConfigError | DiskError | None:
         job = self.job
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -174,7 +182,9 @@ class Run:
                 note_job(self.folder, "started", **asdict(allocation), attempt=self.attempt)
             (self.folder / "outcome.json").unlink(missing_ok=True)
         except OSError as error:
-            return ConfigError(f"cannot write run folder {self.folder}: {error.strerror}; choose another --run.root")
+            # a job must not give up for good where another node, or a later hour, would do
+            kind = DiskError if error.errno in DISK_FAULTS else ConfigError
+            return kind(f"cannot write run folder {self.folder}: {error.strerror or error}; choose another --run.root")
         return None
 
     def _check_resumable(self, found: Path) -> None:
@@ -237,7 +247,7 @@ class Run:
             self.progress.close()
         if self.writer is not None:
             self.writer.close()
-        if self.job.world.is_main:
+        if self.job.world.is_main and self.is_current():
             message = str(error or "")
             write_outcome(self.folder, state=state, step=self.step, attempt=self.attempt, kind=kind, message=message)
 
@@ -252,8 +262,9 @@ def _ending(error: BaseException | None) -> tuple[str, str | None]:
 
 def met_alone(error: BaseException, folder: Path) -> BaseException:
     """An error as the user should see it, where only this rank ran into it and the others notice that it is gone."""
-    if isinstance(error, OSError) and error.errno in _DISK:
-        error = DiskError(f"cannot write to {folder}: {error.strerror}; make room, then start again to resume")
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        first = "make room, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        error = DiskError(f"cannot write to {folder}: {error.strerror}; {first}start again to resume")
         error.local = True
     if isinstance(error, DataError) and not error.shared:
         error.local = True  # a sample that only this rank reads

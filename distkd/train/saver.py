@@ -26,7 +26,7 @@ from torch import Tensor
 from distkd.base import World
 from distkd.comm.world import gather_objects
 from distkd.engines import Entry
-from distkd.errors import DiskError
+from distkd.errors import DiskError, TakenOverError
 from distkd.files import digest, sync, write_json, write_text
 from distkd.train.checkpoint import BEST, FORMAT, META, Best, complete
 
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 SHARE_BYTES = 64 * 2**20
 """A rank more is asked to write for every so many bytes."""
+_TAKEN_OVER = "another attempt of this run has taken over"
 FAILURES = 3
 """Checkpoints that may fail one after the other before the run stops."""
 _POLL_S = 0.01
@@ -133,6 +134,7 @@ class Saver:
 
         Raises:
             DiskError: on all ranks, when several checkpoints in a row could not be written.
+            TakenOverError: on all ranks, when another attempt trains in the same folder.
         """
         self.wait()
         copy = self._copy(step, entries, best, dict(meta))
@@ -163,8 +165,14 @@ class Saver:
         if fate.error is not None:
             if self.world.is_main:
                 shutil.rmtree(self._partial(fate.step), ignore_errors=True)
-            text = "checkpoint of step %d could not be written to %s: %s; training goes on"
-            log.warning(text, fate.step, self.checkpoints, fate.error)
+            if fate.error != _TAKEN_OVER:
+                text = "checkpoint of step %d could not be written to %s: %s; training goes on"
+                log.warning(text, fate.step, self.checkpoints, fate.error)
+        if fate.error == _TAKEN_OVER:
+            raise TakenOverError(
+                f"{_TAKEN_OVER} in {self.checkpoints.parent}: two jobs or terminals train it; this one ends, the other "
+                "goes on"
+            )
         if self.failures >= FAILURES:
             raise DiskError(
                 f"{self.failures} checkpoints in a row could not be written to {self.checkpoints}: {fate.error}; "
@@ -255,7 +263,7 @@ class Saver:
         write_json(partial / META, {"format": FORMAT, "step": copy.step, **copy.meta, "files": files})
         sync(partial)
         if not self.is_current():
-            raise OSError(f"another attempt of this run has taken over {self.checkpoints}")
+            raise OSError(_TAKEN_OVER)
         target = self.checkpoints / f"step-{copy.step:08d}"
         if target.exists():  # a damaged one, which was passed over
             _remove(target)

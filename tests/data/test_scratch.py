@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pickle
@@ -162,6 +163,99 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_half_file(
     (place,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
     assert list(place.iterdir()) == []
     ShardSet(local_copy(toy_folder, str(tmp_path / "local"))).verify()
+
+
+def _owner_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of this name belong to another user from now on."""
+
+    def given_away(about: os.stat_result) -> os.stat_result:
+        return os.stat_result((*about[:4], 54321, *about[5:]))
+
+    lstat, fstat = Path.lstat, os.fstat
+    monkeypatch.setattr(
+        Path, "lstat", lambda path: given_away(lstat(path)) if path.name.endswith(name) else lstat(path)
+    )
+
+    def of_descriptor(descriptor: int) -> os.stat_result:
+        about = fstat(descriptor)
+        return given_away(about) if os.readlink(f"/proc/self/fd/{descriptor}").endswith(name) else about
+
+    monkeypatch.setattr(module.os, "fstat", of_descriptor)
+
+
+@pytest.mark.parametrize("which", ["", ".lock"], ids=["folder", "lock"])
+def test_what_another_user_has_put_there_is_not_used(
+    toy_folder: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    target = tmp_path / "local"
+    place = copy_set(toy_folder, target)
+    if which:
+        (place / ".complete.json").unlink()  # a complete copy of one's own needs no lock
+    capsys.readouterr()
+    theirs = target / f".{place.name}.lock" if which else place
+    if os.geteuid() == 0:
+        os.chown(theirs, 54321, -1)
+    else:
+        _owner_of(theirs.name, monkeypatch)
+    before = files_of(target)
+    assert local_copy(toy_folder, str(target)) == toy_folder
+    assert capsys.readouterr().err == (
+        f"distkd: {platform.node()}: warning: '{theirs}' belongs to user 54321, who could read and change what is "
+        f"copied there; name another folder, for example one with $USER in its name; reads it from '{toy_folder}' "
+        "instead\n"
+    )
+    assert files_of(target) == before
+
+
+@pytest.mark.parametrize("which", ["folder", "lock"])
+def test_a_link_is_not_followed(toy_folder: Path, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]):
+    place = copy_set(toy_folder, tmp_path / "elsewhere")
+    lock = place.with_name(f".{place.name}.lock")
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / (place if which == "folder" else lock).name).symlink_to(place if which == "folder" else lock)
+    assert local_copy(toy_folder, str(tmp_path / "local")) == toy_folder
+    words = {
+        "folder": "is a link or a file, not the folder of a copy; remove it",
+        "lock": "symbolic links; name another",
+    }
+    assert words[which] in capsys.readouterr().err
+    assert len(list((tmp_path / "local").iterdir())) == 1
+
+
+def test_a_folder_that_others_could_read_is_closed(toy_folder: Path, tmp_path: Path):
+    place = copy_set(toy_folder, tmp_path / "local")
+    before = inodes(place)
+    place.chmod(0o755)
+    assert copy_set(toy_folder, tmp_path / "local") == place
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert inodes(place) == before
+
+
+def test_a_folder_that_others_could_write_to_is_made_anew(toy_folder: Path, tmp_path: Path):
+    place = copy_set(toy_folder, tmp_path / "local")
+    tar = min(place.glob("*.tar"))
+    flip_a_byte(tar)  # of the right size, beside a marker that says that all is well
+    (place / "planted").symlink_to(tmp_path)
+    place.chmod(0o770)
+    assert copy_set(toy_folder, tmp_path / "local") == place
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert not (place / "planted").is_symlink()
+    ShardSet(place).verify()
+
+
+def test_an_original_that_is_out_of_reach_for_now_is_no_damaged_set(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    opened = Path.open
+
+    def stale(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".tar" and path.parent == toy_folder:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", stale)
+    assert local_copy(toy_folder, str(tmp_path / "local")) == toy_folder
+    assert "Stale file handle; that is a fault of the file system" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hurt", [lambda tar: os.truncate(tar, 100), Path.unlink], ids=["cut off", "gone"])

@@ -160,7 +160,7 @@ def test_a_run_root_that_cannot_be_written_is_refused_at_the_start(
     with Launched(ranks_command(path, "--run.root", sealed, ranks=ranks), tmp_path / "log") as run:
         code = run.wait()
         said = run.said()
-    assert code == (2 if ranks == 1 else 1)  # torchrun makes 1 of everything
+    assert code == 1  # another node may have it mounted as it should be
     words = f"distkd: cannot write run folder {sealed / 'run'}: Read-only file system; choose another --run.root"
     assert said.count(words) == 1, said
     if ranks == 1:

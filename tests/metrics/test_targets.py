@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,24 @@ def test_remove_takes_one_job_or_one_attempt_or_all(tmp_path: Path):
     assert len(list(tmp_path.rglob("*.json"))) == 2
 
 
+def test_without_conditions_files_are_removed_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for rank in range(20):
+        targets.write(tmp_path / "run", rank, "127.0.0.1:1", LABELS)
+    read: list[Path] = []
+    text_of = Path.read_text
+
+    def noted(path: Path, *args: Any, **kwargs: Any) -> str:
+        read.append(path)
+        return text_of(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", noted)
+    assert targets.remove(tmp_path / "run", job="17") == []
+    assert len(read) == 40
+    assert len(targets.remove(tmp_path / "run")) == 40
+    assert len(read) == 40
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "distkd.metrics.targets", "--remove", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -150,10 +169,27 @@ def test_a_batch_script_clears_its_own_job_below_a_folder_of_runs(tmp_path: Path
     assert (everywhere.returncode, everywhere.stdout) == (0, "")  # not those of other jobs, without being asked
     ended = _command(tmp_path, "--job", "17")
     assert ended.returncode == 0, ended.stderr
-    assert len(ended.stdout.splitlines()) == 4
+    assert ended.stdout == f"removed 4 scrape targets of {tmp_path}\n"
     assert {path.name for path in tmp_path.rglob("*.json")} == {"rank-00018.json", "teacher.rank-00018.json"}
     _command(runs[0])
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_batch_script_clears_several_runs_at_once_and_says_nothing_where_there_is_nothing(tmp_path: Path):
+    runs = [tmp_path / name for name in ("teacher", "student", "cleared", "never-made")]
+    for run in runs[:3]:
+        targets.write(run, 0, "127.0.0.1:1", {**LABELS, targets.JOB: "17_3"})
+        (run / "config.yaml").touch()
+    targets.write(runs[1], 1, "127.0.0.1:1", {**LABELS, targets.JOB: "17_4"})
+    shutil.rmtree(runs[2])  # its copy beside the run folders is still there
+    done = _command(*runs, "--job", "17_3")
+    assert (done.returncode, done.stderr) == (0, "")
+    numbers = {runs[0]: 2, runs[1]: 2, runs[2]: 1}
+    assert done.stdout == "".join(f"removed {n} scrape targets of {run}\n" for run, n in numbers.items())
+    assert {path.name for path in tmp_path.rglob("rank-*.json")} == {"rank-00001.json"}
+    assert [path.name for path in tmp_path.glob("prometheus/*")] == ["student.rank-00001.json"]
+    again = _command(*runs, "--job", "17_3")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
 def test_targets_do_without_heavy_imports():

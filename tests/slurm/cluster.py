@@ -35,8 +35,8 @@ FINAL = frozenset(
 """States that a job does not leave by itself."""
 _COMMAND_TIMEOUT_S = 120.0
 _POLL_S = 0.2
-_PORTS = range(25000, 32000)
-"""Below the ephemeral ports, which anybody may be given at any time."""
+_PORTS = range(30000, 32000)
+"""Below the ephemeral ports, which anybody may be given at any time, and above those that jobs take."""
 _PREFIX = "distkd-slurm-"
 _Value = TypeVar("_Value")
 
@@ -45,6 +45,8 @@ _CONF = """\
 ClusterName=distkd
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+# the ports of a job follow from its id: several clusters of one machine must not give out the same ones
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -348,7 +350,8 @@ class Cluster:
             f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} {self._node}"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
-        conf = _CONF.format(port=port, user=_user(), state=self._state, **self._times)
+        first_job = random.SystemRandom().randrange(1, 1_000_000)
+        conf = _CONF.format(port=port, first_job=first_job, user=_user(), state=self._state, **self._times)
         self._conf.write_text(conf + "\n".join(lines) + "\n")
         (self._state / "plugstack.conf").touch()
         # never used, but loaded; the default dies where /sys/fs/cgroup is not mounted

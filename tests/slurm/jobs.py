@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from distkd.allocation import Allocation
 from tests.launch import folders
@@ -17,7 +19,9 @@ from tests.launch.processes import PATIENCE_S, REPOSITORY
 from tests.slurm.cluster import FINAL, Cluster
 from tests.slurm.members import send
 
-__all__ = ["SCRIPTS", "hold", "is_pending", "release", "running_ranks", "start", "wait_for_step"]
+__all__ = [
+    "SCRIPTS", "hold", "is_pending", "release", "running_ranks", "start", "together", "wait_for_step", "wait_for_words",
+]  # fmt: skip
 
 SCRIPTS = REPOSITORY / "slurm"
 _POLL_S = 0.02
@@ -53,25 +57,46 @@ def running_ranks(cluster: Cluster, job: str, node: str | None = None) -> dict[i
     return found
 
 
-def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int) -> None:
-    """Until the run in this folder has taken that step.
+def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int, attempt: int = 1) -> None:
+    """Until this attempt of the run in the folder, or a later one, has taken that step.
 
     Raises:
         AssertionError: the job ended before, or did not get there, with its log.
     """
-    end, looked = time.monotonic() + PATIENCE_S, time.monotonic()
-    while folders.last_line(folder)["step"] < step:
+
+    def taken() -> bool:
+        # lines of steps that are taken again stay until the attempt has begun
+        return folders.last_line(folder)["step"] >= step and len(folders.starts(folder)) >= attempt
+
+    _wait(cluster, job, taken, f"step {step} in attempt {attempt}")
+
+
+def wait_for_words(cluster: Cluster, job: str, words: str) -> None:
+    """Until they are in the job's log.
+
+    Raises:
+        AssertionError: the job ended before, or did not get there, with its log.
+    """
+    log = Path(cluster.show(job)["StdOut"])
+    _wait(cluster, job, lambda: log.exists() and words in log.read_text(), f"'{words}'")
+
+
+def _wait(cluster: Cluster, job: str, condition: Callable[[], bool], what: str) -> None:
+    looked = time.monotonic()
+    end = looked + PATIENCE_S
+    while not condition():
         now = time.monotonic()
-        if now - looked > 1:
+        if now - looked > 1:  # to ask SLURM costs more than to look at a file
             looked = now
-            assert cluster.state(job) not in FINAL, f"job {job} ended before step {step}\n{cluster.report(job)}"
-        assert now < end, f"job {job} does not reach step {step}\n{cluster.report(job)}"
+            ended = cluster.state(job) in FINAL and not condition()
+            assert not ended, f"job {job} ended before {what}\n{cluster.report(job)}"
+        assert now < end, f"job {job} does not get to {what}\n{cluster.report(job)}"
         time.sleep(_POLL_S)  # polling other processes, not waiting for luck
 
 
-def hold(cluster: Cluster, job: str, folder: Path, step: int, ranks: int) -> dict[int, int]:
+def hold(cluster: Cluster, job: str, folder: Path, step: int, ranks: int, attempt: int = 1) -> dict[int, int]:
     """Stop all ranks, of which there are so many, from running once this step is taken; their process ids by rank."""
-    wait_for_step(cluster, job, folder, step)
+    wait_for_step(cluster, job, folder, step, attempt)
     pids = running_ranks(cluster, job)
     send(pids.values(), signal.SIGSTOP)
     assert sorted(pids) == list(range(ranks)), f"ranks {sorted(pids)} run, not {ranks}\n{cluster.report(job)}"
@@ -91,3 +116,12 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
         return False
     masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask >> (number - 1) & 1 for mask in masks)
+
+
+def together(*parts: Callable[[], Any]) -> dict[str, Future[Any]]:
+    """All of them at the same time, each in a thread, until the last is over; what each returned or raised, by name.
+
+    Most of what a job does is waiting for SLURM.
+    """
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return {part.__name__: pool.submit(part) for part in parts}

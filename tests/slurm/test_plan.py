@@ -182,12 +182,13 @@ def test_without_settings_only_what_every_job_needs_is_said():
 def test_settings_of_the_site_become_options_and_the_command_line_wins():
     site = Site(
         partition="gpu", account="med", qos="long", constraint="a100|h100", reservation="trial", gpus_per_node=4,
-        cpus_per_task=32, mem="200G", time="8:00:00", exclusive=True, throttle=4, sbatch_options=("--comment=a b",),
+        cpus_per_task=32, mem="200G", time="8:00:00", exclusive=True, throttle=4,
+        sbatch_options=("--comment=a b", "--gres=nvme:1"),
     )  # fmt: skip
     request = replace(REQUEST, site=site, nodes=2, time="2:00:00", throttle=8, elastic=1)
     job, report = plan(pair([0, 1])[:1], request, is_array=True)
     assert set(job.options) >= {
-        "--comment=a b", "--partition=gpu", "--account=med", "--qos=long", "--constraint=a100|h100",
+        "--comment=a b", "--gres=nvme:1", "--partition=gpu", "--account=med", "--qos=long", "--constraint=a100|h100",
         "--reservation=trial", "--nodes=2", "--gpus-per-node=4", "--cpus-per-task=32", "--mem=200G", "--exclusive",
         "--time=2:00:00", "--array=0-1%8", "--no-kill",
     }  # fmt: skip
@@ -204,6 +205,18 @@ def test_a_kind_of_gpu_and_memory_per_gpu():
     [job] = plan(pair([0, 1])[:1], replace(REQUEST, site=site), is_array=True, report=False)
     assert {"--gres=gpu:a100:2", "--mem-per-gpu=60G", "--time=8:00:00", "--array=0-1%3"} < set(job.options)
     assert option("--gpus-per-node", job.options) is None
+
+
+def test_a_job_of_a_set_that_is_streamed_has_no_folder_for_copies():
+    copied, streamed = (
+        Stage(name, f"{name}.yaml", {0: Run(Path(name), streamed=name == "url")}) for name in ("set", "url")
+    )
+    with_scratch = replace(REQUEST, site=Site(scratch="/local"))
+    jobs = plan([copied, streamed], with_scratch, is_array=False)
+    assert [job.variables for job in jobs] == [{}, {"DISTKD_SCRATCH": ""}, {}]
+    [job] = plan([copied, streamed], with_scratch, is_array=False, together=True, report=False)
+    assert job.variables == {"DISTKD_SCRATCH": ""}
+    assert not any(job.variables for job in plan([copied, streamed], REQUEST, is_array=False))
 
 
 def test_names_are_fit_for_logs_and_a_percent_sign_in_a_path_is_none_of_slurms():

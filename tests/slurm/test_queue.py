@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distkd.slurm.queue import QueuedJob, queued
+from distkd.slurm.queue import QueuedJob, is_of_scripts, max_task, queued
 
 SAYS = """\
 17|RUNNING|None|1-02:03:04|n[1-2]
@@ -16,9 +16,9 @@ SAYS = """\
 """
 
 
-def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "squeue").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "squeue").chmod(0o755)
+def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch, name: str = "squeue") -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
@@ -51,6 +51,39 @@ def test_a_controller_that_does_not_answer_is_not_an_empty_queue(
 ):
     stand_in(tmp_path, script, monkeypatch)
     assert queued() == (None if script else {})
+
+
+@pytest.mark.parametrize(
+    "answer, known",
+    [
+        ("Command=/my work/slurm/train.sbatch a.yaml --optim.lr 1", True),
+        ("Command=/x/slurm/folds.sbatch", True),
+        ("Command=/home/a/jupyter.sbatch", False),
+        ("Command=(null)", False),
+        ("Command=/bin/bash", False),
+    ],
+)
+def test_a_job_is_of_the_scripts_or_a_session(
+    answer: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    says = f"JobId=17 JobName=x\n   BatchFlag=1\n   {answer}\n   WorkDir=/x/slurm/train.sbatch"
+    stand_in(tmp_path, f"[ \"$*\" = 'show job 17_3' ] && cat <<'END'\n{says}\nEND", monkeypatch, "scontrol")
+    assert is_of_scripts("17_3") == known
+
+
+@pytest.mark.parametrize(
+    "script, most",
+    [
+        ("printf 'LaunchParameters = (null)\\nMaxArraySize            = 1001\\nMaxBatchRequeue = 5\\n'", 1000),
+        ("echo nothing", None),
+        ("exit 1", None),
+    ],
+)
+def test_the_largest_task_is_one_less_than_the_largest_array(
+    script: str, most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in(tmp_path, script, monkeypatch, "scontrol")
+    assert max_task() == most
 
 
 def test_without_squeue_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from distkd.errors import ConfigError
 from distkd.slurm.site import Site, find_site, limit_seconds, read_site
+
+EXAMPLE = Path(__file__).parents[2] / "slurm" / "site.env.example"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("DISTKD_")]:
+        monkeypatch.delenv(name)
 
 
 def written(folder: Path, *lines: str) -> Path:
@@ -56,13 +66,55 @@ def test_settings_for_the_job_are_known_and_left_to_it(tmp_path: Path):
     site = read_site(
         written(tmp_path, "DISTKD_SCRATCH='/scratch/$SLURM_JOB_ID'", "DISTKD_PYTHON=/opt/python", "NCCL_DEBUG=INFO")
     )
-    assert site == Site(at_run_time=frozenset({"DISTKD_SCRATCH", "DISTKD_PYTHON"}))
+    assert site == Site(scratch="/scratch/$SLURM_JOB_ID", at_run_time=frozenset({"DISTKD_SCRATCH", "DISTKD_PYTHON"}))
 
 
-def test_the_caller_has_no_say_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISTKD_PARTITION", "elsewhere")
-    monkeypatch.setenv("DISTKD_NONSENSE", "1")
-    assert read_site(written(tmp_path, "DISTKD_ACCOUNT=med")) == Site(account="med")
+@pytest.mark.parametrize("left_out", ["DISTKD_MEM", "DISTKD_MEM_PER_GPU"])
+def test_all_settings_of_the_example_are_known(left_out: str, tmp_path: Path):
+    lines = re.findall(r"^#(DISTKD_\w+=.*)$", EXAMPLE.read_text(), re.MULTILINE)
+    assert len(lines) > 15
+    site = read_site(written(tmp_path, *(line for line in lines if not line.startswith(f"{left_out}="))))
+    assert site.gpus_per_node == 4
+    assert (site.mem is None) == (left_out == "DISTKD_MEM")
+    assert site.at_run_time >= {"DISTKD_MAX_FAILURES", "DISTKD_MAX_REQUEUES", "DISTKD_SCRATCH", "DISTKD_METRICS"}
+
+
+def test_defaults_of_options_and_limits_of_requeues_are_read(tmp_path: Path):
+    lines = ["DISTKD_RANKS_PER_NODE=2", "DISTKD_ELASTIC=1", "DISTKD_MAX_REQUEUES=0", "DISTKD_MAX_FAILURES=5"]
+    site = read_site(written(tmp_path, *lines))
+    assert (site.ranks_per_node, site.elastic) == (2, 1)
+    assert site.at_run_time == {line.partition("=")[0] for line in lines}
+
+
+# the environment
+
+
+def test_the_environment_wins_over_the_file_and_takes_away_what_is_empty_there(tmp_path: Path):
+    path = written(tmp_path, "DISTKD_PARTITION=gpu", "DISTKD_QOS=long", "DISTKD_SCRATCH=/local", "DISTKD_ACCOUNT=med")
+    environ = {"DISTKD_PARTITION": "debug", "DISTKD_SCRATCH": "", "DISTKD_QOS": " ", "DISTKD_ELASTIC": "1"}
+    expected = Site(partition="debug", account="med", elastic=1, at_run_time=frozenset({"DISTKD_ELASTIC"}))
+    assert read_site(path, environ) == expected
+    assert read_site(None, {"DISTKD_TIME": "1:00:00"}) == Site(time="1:00:00")
+
+
+def test_memory_of_the_environment_replaces_that_of_the_file_in_either_form(tmp_path: Path):
+    path = written(tmp_path, "DISTKD_MEM=100G")
+    assert read_site(path, {"DISTKD_MEM_PER_GPU": "20G"}) == Site(mem_per_gpu="20G")
+    assert read_site(path, {"DISTKD_MEM_PER_GPU": ""}) == Site(mem="100G")
+
+
+def test_other_names_of_the_environment_are_none_of_the_sites(tmp_path: Path):
+    environ = {"DISTKD_HOME": "/a", "DISTKD_JOBS": "/b", "DISTKD_NONSENSE": "1", "ACCOUNT": "x"}
+    assert read_site(written(tmp_path, "DISTKD_ACCOUNT=med"), environ) == Site(account="med")
+
+
+def test_a_mistake_in_the_environment_is_told_as_one_of_it(tmp_path: Path):
+    path = written(tmp_path, "DISTKD_ACCOUNT=med")
+    with pytest.raises(ConfigError) as error:
+        read_site(path, {"DISTKD_TIME": "soon"})
+    assert str(error.value).startswith(f"site file {path} with DISTKD_TIME of the environment has 1 problem:\n")
+    with pytest.raises(ConfigError, match=r"^DISTKD_TIME of the environment has 1 problem:\n  DISTKD_TIME='soon'"):
+        read_site(None, {"DISTKD_TIME": "soon"})
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path):
@@ -76,8 +128,9 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path):
         "DISTKD_MEM=2GB",
         "DISTKD_EXCLUSIVE=yes",
         "DISTKD_METRICS=everywhere",
+        "DISTKD_MAX_FAILURES=-1",
     )
-    assert text.startswith(f"site file {tmp_path / 'my site.env'} has 8 problems:\n")
+    assert text.startswith(f"site file {tmp_path / 'my site.env'} has 9 problems:\n")
     assert "DISTKD_PARTITON is no setting; did you mean DISTKD_PARTITION?" in text
     assert "ACCOUNT is no setting; did you mean DISTKD_ACCOUNT?" in text
     assert "DISTKD_WHATEVER is no setting; known are DISTKD_PARTITION, " in text
@@ -86,6 +139,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path):
     assert "DISTKD_MEM='2GB': expected a size such as 120G" in text
     assert "DISTKD_EXCLUSIVE='yes': expected 1, or nothing" in text
     assert "DISTKD_METRICS='everywhere': expected off, local or network" in text
+    assert "DISTKD_MAX_FAILURES='-1': expected a whole number of 0 or more" in text
 
 
 @pytest.mark.parametrize(
@@ -93,8 +147,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path):
     [
         (["DISTKD_MEM=1G", "DISTKD_MEM_PER_GPU=1G"], "DISTKD_MEM and DISTKD_MEM_PER_GPU exclude each other"),
         (["DISTKD_GPU_TYPE=a100"], "DISTKD_GPU_TYPE needs DISTKD_GPUS_PER_NODE"),
-        (["DISTKD_SBATCH_OPTIONS=--gpus-per-task=1"], "--gpus-per-task hides all but one GPU from the ranks"),
-        (["DISTKD_SBATCH_OPTIONS='--array 1-3'"], "--array is given by `distkd submit` itself; remove it"),
+        (["DISTKD_SBATCH_OPTIONS='-t 5'"], "DISTKD_SBATCH_OPTIONS='-t 5': -t is not taken here: use DISTKD_TIME"),
         (['DISTKD_SBATCH_OPTIONS="--comment=\'a"'], "No closing quotation; close the quotes"),
         (["DISTKD_PARTITION = gpu"], "DISTKD_PARTITION: command not found; write NAME=value without spaces around ="),
         (["DISTKD_PARTITION='gpu"], "unexpected EOF while looking for matching"),

@@ -16,7 +16,7 @@ from distkd.cli import USER, main
 from distkd.errors import DataError
 from distkd.slurm import progress, table
 from distkd.slurm.queue import QueuedJob, queued
-from distkd.slurm.status import Row, duration, look
+from distkd.slurm.status import Row, duration, find, look
 
 NOW = 1_800_000_000.0
 CONFIG = "run: {name: x}\neval: {metric: auc_macro}\n"
@@ -274,6 +274,24 @@ def test_a_requeued_run_is_queued_again_and_then_starts(tmp_path: Path, outcome:
     )
 
 
+@pytest.mark.parametrize("outcome", ["failed", None])
+def test_a_requeued_job_that_runs_again_is_starting_until_the_run_says_something(tmp_path: Path, outcome: str | None):
+    jobs, queue = tmp_path / "jobs", queue_of(("17_3", "RUNNING", ""))
+    folder = submitted(tmp_path / "a", "17_3", log=str(jobs / "folds-17_3.out"))
+    begin = {"job": "17_3", "restart": 1, "age_s": 720.0}
+    begun(folder, **begin) if outcome is None else ended(folder, outcome, **begin)
+    (jobs / "17_3").mkdir(parents=True)
+    for attempt in range(2):
+        (jobs / "17_3" / f"stop.{attempt}").touch()
+    assert only(folder, queue).state == (outcome or "running")
+    (jobs / "17_3" / "stop.2").touch()  # its third attempt
+    row = only(folder, queue)
+    assert (row.state, row.advice) == ("starting", "")
+    (folder / "outcome.json").unlink(missing_ok=True)
+    begun(folder, job="17_3", restart=2)
+    assert only(folder, queue).state == "running"
+
+
 def test_a_failed_run_that_was_submitted_again_is_starting(tmp_path: Path):
     folder = submitted(ended(tmp_path / "a", "failed", job="17"), "18")
     row = only(folder, queue_of(("18", "RUNNING", "")))
@@ -355,6 +373,36 @@ def test_the_copies_of_a_submission_are_no_runs(tmp_path: Path):
     copies.mkdir(parents=True)
     (copies / "config.yaml").write_text(CONFIG)
     assert only(tmp_path).name == "a"
+
+
+def test_of_the_folders_of_jobs_and_of_runs_nothing_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = tmp_path / "runs"
+    for fold in range(3):
+        folder = ended(runs / "study" / f"fold-{fold}", "done")
+        (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+        job = f"17_{fold}"
+        for attempt in range(4):
+            for node in range(16):
+                (runs / "slurm" / job / f"logs.{attempt}" / f"node-{node}").mkdir(parents=True)
+            (runs / "slurm" / job / f"notes.{attempt}").mkdir()
+            (runs / "slurm" / job / f"stop.{attempt}").touch()
+        if fold:
+            (runs / "slurm" / f"folds-{job}.out").touch()
+    (runs / "slurm" / "submitted-20260101-000000").mkdir()
+    (runs / "prometheus").mkdir()
+    ended(runs / "2026" / "7", "done")  # numbers are good names, too
+    visited: list[str] = []
+    scandir = os.scandir
+
+    def noted(folder: Any) -> Any:
+        visited.append(Path(folder).relative_to(runs).as_posix())
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", noted)
+    assert [*find([runs])] == ["2026/7", "study/fold-0", "study/fold-1", "study/fold-2"]
+    # of the jobs only the one without a log beside it, and of that no folder inside
+    studies = ["study", "study/fold-0", "study/fold-1", "study/fold-2"]
+    assert visited == [".", "2026", "2026/7", "slurm", "slurm/17_0", *studies]
 
 
 # targets of Prometheus

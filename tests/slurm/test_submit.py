@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ import pytest
 import yaml
 
 import distkd
-from distkd.allocation import read_jobs
+from distkd.allocation import note_job, read_jobs
 from distkd.cli import DONE, USER, main
 from distkd.config import load, parse_overrides
+from distkd.slurm.sbatch import LOCK, alone
 from distkd.train.folder import write_config, write_outcome
 from tests.small import Small
 
@@ -30,6 +35,7 @@ here=$(dirname "$0")
 id=$(({FIRST} + $(ls "$here" | grep -c ^call-)))
 printf '%s\\0' "$@" >"$here/call-$id"
 env -0 >"$here/environ-$id"
+[[ ! -e $here/sbatch-does ]] || . "$here/sbatch-does"
 [[ ! -e $here/refuse-$id ]] || {{ echo 'sbatch: error: invalid partition specified: gup' >&2; exit 1; }}
 echo "$id"
 """
@@ -45,12 +51,18 @@ echo "$@" >>"${0%/*}/cancelled"
 Capture = pytest.CaptureFixture[str]
 
 
+SCONTROL = """\
+#!/bin/bash
+[[ ! -e ${0%/*}/scontrol-says ]] || echo "$(<"${0%/*}/scontrol-says")"
+"""
+
+
 class Slurm:
     """Commands in a folder, and a folder with spaces to call `distkd submit` in."""
 
     def __init__(self, folder: Path, here: Path, small: Small):
         self.folder, self.here, self.small = folder, here, small
-        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
+        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         (folder / "queue").touch()
@@ -101,8 +113,8 @@ def slurm(tmp_path: Path, small: Small, monkeypatch: pytest.MonkeyPatch) -> Slur
     folder, here = tmp_path / "bin", tmp_path / "my work"
     folder.mkdir()
     here.mkdir()
-    for name in ("DISTKD_SITE", "DISTKD_JOBS", "DISTKD_PYTHON", "DISTKD_ELASTIC", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("DISTKD_", "SLURM", "SRUN_"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("DISTKD_SITE", str(folder / "site.env"))  # not the one of who runs the tests
     (folder / "site.env").touch()
     monkeypatch.setenv("PATH", str(folder))
@@ -168,22 +180,64 @@ def test_the_scripts_are_told_where_things_are_and_keep_what_was_submitted(slurm
     assert shlex.join(call[-2:]) in (folder / "commands.txt").read_text()
 
 
-def test_the_sites_interpreter_is_left_to_the_scripts(slurm: Slurm):
-    (slurm.folder / "site.env").write_text("DISTKD_CONTAINER='apptainer exec x.sif'\n")
-    assert main(["submit", *slurm.pair()]) == DONE
-    assert "DISTKD_PYTHON" not in slurm.environ()
+@pytest.mark.parametrize("name", ["DISTKD_CONTAINER", "DISTKD_SETUP", "DISTKD_MODULES", "DISTKD_PYTHON"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_sites_interpreter_is_left_to_the_scripts(
+    slurm: Slurm, name: str, in_file: bool, monkeypatch: pytest.MonkeyPatch
+):
+    slurm.write("a.yaml", "teacher", name="a")
+    if in_file:
+        (slurm.folder / "site.env").write_text(f"{name}=something\n")
+    else:
+        monkeypatch.setenv(name, "something")
+    assert main(["submit", "a.yaml", "--no-report"]) == DONE
+    found = {key: slurm.environ().get(key) for key in (name, "DISTKD_PYTHON")}
+    assert found == {"DISTKD_PYTHON": None, name: None if in_file else "something"}
+
+
+def test_the_environment_wins_over_the_site_file(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
+    (slurm.folder / "site.env").write_text("DISTKD_PARTITION=gpu\nDISTKD_RANKS_PER_NODE=4\nDISTKD_ELASTIC=1\n")
+    monkeypatch.setenv("DISTKD_PARTITION", "debug")
+    monkeypatch.setenv("DISTKD_RANKS_PER_NODE", "2")
+    monkeypatch.setenv("DISTKD_UNHEARD_OF", "1")
+    slurm.write("a.yaml", "teacher", name="a")
+    assert main(["submit", "a.yaml", "--nodes", "2"]) == DONE
+    job, report = slurm.calls()
+    assert {"--partition=debug", "--no-kill"} < set(job)
+    assert "--partition=debug" in report
+    environ = slurm.environ()
+    assert (environ["DISTKD_RANKS_PER_NODE"], environ["DISTKD_ELASTIC"]) == ("2", "1")
+
+
+def test_elastic_and_ranks_have_defaults_in_the_environment_and_the_command_line_wins(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DISTKD_ELASTIC", "1")
+    monkeypatch.setenv("DISTKD_RANKS_PER_NODE", "1")
+    slurm.write("a.yaml", "teacher", name="a")
+    assert main(["submit", "a.yaml", "--nodes", "4", "--no-report"]) == DONE
+    assert main(["submit", "a.yaml", "--nodes", "4", "--no-report", "--elastic", "2", "--ranks-per-node", "2"]) == DONE
+    assert all("--no-kill" in call for call in slurm.calls())
+    told = [{name: slurm.environ(job)[f"DISTKD_{name}"] for name in ("ELASTIC", "RANKS_PER_NODE")} for job in (17, 18)]
+    assert told == [{"ELASTIC": "1", "RANKS_PER_NODE": "1"}, {"ELASTIC": "2", "RANKS_PER_NODE": "2"}]
+
+
+def test_the_scripts_know_how_long_before_the_end_they_are_told(slurm: Slurm):
+    slurm.write("a.yaml", "teacher", name="a")
+    assert main(["submit", "a.yaml", "--lead", "300"]) == DONE
+    assert slurm.environ()["DISTKD_LEAD"] == "300"
 
 
 def test_each_run_has_its_job_noted_with_its_log_and_what_it_waits_for(slurm: Slurm):
     assert main(["submit", *slurm.pair(), "--folds", "1-2"]) == DONE
     logs = f"{slurm.here}/my runs/slurm"
-    [teacher] = read_jobs(slurm.here / "my runs" / "my study-teacher-fold2")
+    [teacher] = read_jobs(slurm.here / "my runs" / "my study-teacher-fold2")  # the second of the folds: task 1
     [student] = read_jobs(slurm.here / "my runs" / "my study-student-fold2")
     assert {**teacher, "time": 0} == {
-        "event": "submitted", "time": 0, "job": "17_2", "script": "folds.sbatch",
-        "log": f"{logs}/my-study-teacher-17_2.out", "after": [],
+        "event": "submitted", "time": 0, "job": "17_1", "script": "folds.sbatch",
+        "log": f"{logs}/my-study-teacher-17_1.out", "after": [],
     }  # fmt: skip
-    assert (student["job"], student["after"]) == ("18_2", ["17_2"])
+    assert (student["job"], student["after"]) == ("18_1", ["17_1"])
     assert "--job-name=my-study-teacher" in slurm.calls()[0]
     assert f"--output={logs}/%x-%A_%a.out" in slurm.calls()[0]
 
@@ -192,7 +246,8 @@ def test_each_run_has_its_job_noted_with_its_log_and_what_it_waits_for(slurm: Sl
     "words, folds, seeds, array, names",
     [
         (["--folds", "2,0-1"], "0-2", "", "0-2", {0: "fold0", 2: "fold2"}),
-        (["--seeds", "0,4"], "", "0,4", "0,4", {0: "seed0", 4: "seed4"}),
+        (["--folds", "1-2"], "1-2", "", "0-1", {0: "fold1", 1: "fold2"}),
+        (["--seeds", "1337,42"], "", "42,1337", "0-1", {0: "seed42", 1: "seed1337"}),
         (["--folds", "1-2", "--seeds", "5,3"], "1-2", "3,5", "0-3", {1: "fold1-seed5", 2: "fold2-seed3"}),
     ],
 )
@@ -219,7 +274,7 @@ def test_the_copy_of_a_config_names_the_run_that_is_noted(slurm: Slurm, path: st
     _, copy, *overrides = told(slurm.calls()[0])
     (slurm.here / path).write_text("nothing")  # a later change is none of the queued job's
     trained = load(Path(copy), parse_overrides(overrides), fold=1)
-    assert read_jobs(trained.folder)[0]["job"] == "17_1"
+    assert read_jobs(trained.folder)[0]["job"] == "17_0"
     assert trained.optim.lr == 1e-3
 
 
@@ -235,7 +290,7 @@ def test_submissions_of_one_second_have_folders_of_their_own(slurm: Slurm, monke
     slurm.write("a.yaml", "teacher", name="a")
     for number in range(3):
         assert main(["submit", "a.yaml", "--run.name", f"r{number}"]) == DONE
-    names = sorted(path.name for path in (slurm.here / "my runs" / "slurm").iterdir())
+    names = sorted(path.name for path in (slurm.here / "my runs" / "slurm").glob("submitted-*"))
     assert names == ["submitted-now", "submitted-now-2", "submitted-now-3"]
 
 
@@ -252,11 +307,25 @@ def test_a_recipes_shards_are_made_once_and_not_by_jobs_that_start_together(slur
     assert (slurm.here / "my runs/shards/synthetic/manifest.json").is_file()
 
 
-def test_variables_of_the_job_it_is_called_from_are_not_handed_on(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "1", "SLURM_CONF": "/c"}.items():
+def test_variables_of_the_job_it_is_called_from_are_not_handed_on(
+    slurm: Slurm, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    of_job = {
+        "SLURM_JOB_ID": "5", "SLURM_EXPORT_ENV": "NONE", "SRUN_CPUS_PER_TASK": "1", "DISTKD_STOP_FILE": "/s",
+        "DISTKD_NOTES": "/n", "DISTKD_JOBS": "/other", "DISTKD_PARTITION": "other", "DISTKD_ELASTIC": "9",
+    }  # fmt: skip
+    for name, value in {**of_job, "SLURM_CONF": "/c", "NCCL_DEBUG": "INFO"}.items():
         monkeypatch.setenv(name, value)
-    assert main(["submit", *slurm.pair()]) == DONE
-    assert {name for name in slurm.environ() if name.startswith("SLURM_")} == {"SLURM_CONF"}
+    words = slurm.pair()
+    assert main(["submit", *words, "--dry-run"]) == DONE
+    [unset] = re.findall(r"^unset (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert of_job.keys() <= set(unset.split())
+    assert not {"SLURM_CONF", "NCCL_DEBUG"} & set(unset.split())
+    assert main(["submit", *words]) == DONE
+    environ = slurm.environ()
+    assert environ.keys() & {*of_job, "SLURM_CONF", "NCCL_DEBUG"} == {"SLURM_CONF", "NCCL_DEBUG", "DISTKD_JOBS"}
+    assert environ["DISTKD_JOBS"] == f"{slurm.here}/my runs/slurm"
+    assert not any(word.startswith("--partition") for word in slurm.calls()[0])
 
 
 # what is left out or waits
@@ -266,10 +335,10 @@ def test_what_is_done_is_left_out(slurm: Slurm, capsys: Capture):
     slurm.end("my study-teacher-fold1")
     assert main(["submit", *slurm.pair(), "--folds", "1-2", "--throttle", "1"]) == DONE
     teacher, free, waiting, _ = slurm.calls()
-    assert "--array=2%1" in teacher
-    assert "--array=1%1" in free
+    assert "--array=1%1" in teacher
+    assert "--array=0%1" in free
     assert not any(word.startswith("--dependency") for word in free)
-    assert {"--array=2%1", "--dependency=aftercorr:17"} < set(waiting)
+    assert {"--array=1%1", "--dependency=aftercorr:17"} < set(waiting)
     assert "1 run done already, left out" in capsys.readouterr().err
 
 
@@ -289,11 +358,11 @@ def test_what_is_in_the_queue_is_refused_with_its_job(slurm: Slurm, capsys: Capt
     words = [*slurm.pair(), "--folds", "1-2"]
     assert main(["submit", *words]) == DONE
     (slurm.folder / "queue").write_text(
-        "17_2|RUNNING|None|1:00|n1\n18_2|PENDING|Dependency|1:00|\n99|RUNNING|None|1:00|n\n"
+        "17_1|RUNNING|None|1:00|n1\n18_1|PENDING|Dependency|1:00|\n99|RUNNING|None|1:00|n\n"
     )
     said = refusal(words, capsys)
-    assert "2 runs already in the queue:\n  my runs/my study-student-fold2: job 18_2\n" in said
-    assert said.endswith("scancel 18_2 17_2\n")
+    assert "2 runs already in the queue:\n  my runs/my study-student-fold2: job 18_1\n" in said
+    assert said.endswith("scancel 18_1 17_1\n")
     assert len(slurm.calls()) == 3, "nothing more was submitted"
 
 
@@ -302,6 +371,123 @@ def test_a_job_that_has_left_the_queue_is_no_obstacle(slurm: Slurm):
     assert main(["submit", *words]) == DONE
     assert main(["submit", *words]) == DONE
     assert [line["job"] for line in read_jobs(slurm.here / "my runs" / "my study-teacher")] == ["17", "20"]
+
+
+def started_in(slurm: Slurm, command: str) -> None:
+    """A run that was begun in job 7, which is still in the queue, and is no run of `distkd submit`."""
+    slurm.write("a.yaml", "teacher", name="a")
+    note_job(slurm.here / "my runs" / "a", "started", job="7", restart=0, attempt=1)
+    (slurm.folder / "queue").write_text("7|RUNNING|None|1:00|n1\n")
+    (slurm.folder / "scontrol-says").write_text(f"JobId=7\n   Command={command}\n")
+
+
+def test_a_run_that_a_script_trains_is_refused_however_it_was_submitted(slurm: Slurm, capsys: Capture):
+    started_in(slurm, f"{HOME}/slurm/train.sbatch a.yaml")
+    assert "1 run already in the queue:\n  my runs/a: job 7\n" in refusal(["a.yaml"], capsys)
+
+
+def test_a_run_that_was_tried_in_a_session_is_submitted_with_a_word_unless_it_ended(slurm: Slurm, capsys: Capture):
+    started_in(slurm, "/bin/bash")
+    assert main(["submit", "a.yaml"]) == DONE
+    said = capsys.readouterr().err
+    assert "run my runs/a was begun in the session of job 7 and has not said that it ended; if it trains there" in said
+    write_outcome(slurm.here / "my runs" / "a", state="interrupted", step=9, attempt=1)
+    assert main(["submit", "a.yaml"]) == DONE
+    assert "session" not in capsys.readouterr().err
+
+
+def test_without_an_answer_about_earlier_jobs_nothing_is_submitted(slurm: Slurm, capsys: Capture):
+    words = slurm.pair()
+    assert main(["submit", *words]) == DONE
+    (slurm.folder / "squeue").write_text("#!/bin/bash\nexit 1\n")
+    assert "SLURM does not answer (squeue)" in refusal(words, capsys)
+    assert len(slurm.calls()) == 3
+    assert main(["submit", *words, "--run.root", "new runs"]) == DONE, "these have had no jobs"
+
+
+# two at once, rights
+
+
+def test_the_lock_is_held_from_the_look_at_the_queue_to_the_last_record(slurm: Slurm):
+    words = slurm.pair()
+    assert main(["submit", *words]) == DONE
+    lock = slurm.here / "my runs" / "slurm" / LOCK
+    probe = f"/usr/bin/flock -n {shlex.quote(str(lock))} true && echo free || echo held"
+    for name in ("squeue", "sbatch-does"):
+        (slurm.folder / name).write_text(f"#!/bin/bash\n{{ {probe}; }} >>{slurm.folder}/lock-{name}\n")
+    assert main(["submit", *words]) == DONE
+    assert (slurm.folder / "lock-squeue").read_text().split() == ["held"]
+    assert (slurm.folder / "lock-sbatch-does").read_text().split() == ["held"] * 3
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_second_submission_waits_for_the_first_and_says_so(tmp_path: Path, capsys: Capture):
+    order: list[str] = []
+
+    def second() -> None:
+        with alone(tmp_path):
+            order.append("second")
+
+    with alone(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        said = ""
+        while "waits for another `distkd submit`" not in said:
+            time.sleep(0.01)  # polling another thread, not waiting for luck
+            said += capsys.readouterr().err
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_folders_of_jobs_are_for_this_user_alone(slurm: Slurm):
+    words = slurm.pair()
+    (slurm.folder / "site.env").write_text("WANDB_API_KEY=secret\n")
+    assert main(["submit", *words]) == DONE
+    jobs = slurm.here / "my runs" / "slurm"
+    [folder] = jobs.glob("submitted-*")
+    assert (rights(jobs), rights(folder)) == (0o700, 0o700)
+    assert rights(folder / "site.env") == rights(folder / "commands.txt") == 0o600
+
+
+def test_a_jobs_folder_that_is_there_keeps_its_rights(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DISTKD_JOBS", "jobs")
+    (slurm.here / "jobs").mkdir()
+    (slurm.here / "jobs").chmod(0o750)
+    assert main(["submit", *slurm.pair()]) == DONE
+    assert rights(slurm.here / "jobs") == 0o750
+    assert rights(next((slurm.here / "jobs").glob("submitted-*"))) == 0o700
+
+
+def rights(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+# settings of the site that jobs add to the command line
+
+
+def test_a_streamed_set_is_not_copied_to_the_sites_scratch(slurm: Slurm, capsys: Capture):
+    (slurm.folder / "site.env").write_text("DISTKD_SCRATCH='/local/$SLURM_JOB_ID'\nDISTKD_METRICS=local\n")
+    slurm.write("url.yaml", "teacher", name="url", data={"shards": "https://host/set"})
+    slurm.write("set.yaml", "teacher", name="set")
+    words = ["url.yaml", "set.yaml", "--no-report"]
+    assert main(["submit", *words, "--dry-run"]) == DONE
+    script = capsys.readouterr().out
+    assert "JOB1=$(DISTKD_SCRATCH='' sbatch" in script
+    assert "JOB2=$(sbatch" in script
+    assert main(["submit", *words]) == DONE
+    assert slurm.environ(17)["DISTKD_SCRATCH"] == ""
+    assert "DISTKD_SCRATCH" not in slurm.environ(18), "the site file of the job names it"
+    assert "url reads shards from a URL, nothing is copied to DISTKD_SCRATCH for it" in capsys.readouterr().err
+
+
+def test_settings_of_the_site_that_would_be_refused_in_the_job_are_refused_here(slurm: Slurm, capsys: Capture):
+    (slurm.folder / "site.env").write_text("DISTKD_SCRATCH='{a: 1}'\n")
+    said = refusal(slurm.pair(), capsys)
+    assert "data.scratch" in said
+    assert "jobs are given --data.scratch '{a: 1}' by the site's settings (DISTKD_SCRATCH, DISTKD_METRICS)" in said
+    assert main(["submit", *slurm.pair(), "--data.scratch", "/tmp"]) == DONE, "the command line wins"
 
 
 # the dry run
@@ -378,6 +564,50 @@ def test_what_slurm_refuses_is_told_in_its_words_and_the_rest_is_taken_back(slur
     assert "mend the option that it names" in said
     assert said.endswith("jobs 17, submitted before, were cancelled again\n")
     assert slurm.cancelled() == ["17"]
+
+
+def test_nothing_is_recorded_of_jobs_that_were_taken_back(slurm: Slurm, capsys: Capture):
+    (slurm.folder / f"refuse-{FIRST + 1}").touch()
+    refusal(slurm.pair(), capsys)
+    assert read_jobs(slurm.here / "my runs" / "my study-teacher") == []
+
+
+def test_a_refused_report_leaves_the_study_and_says_how_to_go_without(slurm: Slurm, capsys: Capture):
+    (slurm.folder / f"refuse-{FIRST + 2}").touch()
+    assert main(["submit", *slurm.pair()]) == DONE
+    said = capsys.readouterr()
+    assert "SLURM refused the job report:\nsbatch: error: invalid partition" in said.err
+    assert "the jobs before it stay; without a job for the report: --no-report, and distkd report 'my runs/" in said.err
+    assert "cancel:  scancel 17 18\n" in said.out
+    assert slurm.cancelled() == []
+    assert read_jobs(slurm.here / "my runs" / "my study-student")[0]["after"] == ["17"]
+
+
+def test_an_answer_of_sbatch_without_a_number_takes_back_what_is_known(slurm: Slurm, capsys: Capture):
+    (slurm.folder / "sbatch-does").write_text('[[ $id != 18 ]] || { echo "have a nice day"; exit 0; }\n')
+    said = refusal(slurm.pair(), capsys)
+    assert "sbatch took the job my-study-student without saying its number, in:\nhave a nice day\n" in said
+    assert "look with `squeue --me`" in said
+    assert slurm.cancelled() == ["17"]
+    assert read_jobs(slurm.here / "my runs" / "my study-teacher") == []
+
+
+@pytest.mark.parametrize("said", ["Submitted batch job 40", "Welcome\n40;cluster", "40\nthank you"])
+def test_an_answer_with_more_than_the_number_is_read(slurm: Slurm, capsys: Capture, said: str):
+    (slurm.folder / "sbatch-does").write_text(f"echo {shlex.quote(said)}; exit 0\n")
+    slurm.write("a.yaml", "teacher", name="a")
+    assert main(["submit", "a.yaml", "--no-report"]) == DONE
+    assert "cancel:  scancel 40\n" in capsys.readouterr().out
+
+
+def test_an_array_beyond_what_the_cluster_takes_is_refused_in_words(slurm: Slurm, capsys: Capture):
+    slurm.write("a.yaml", "teacher", name="a")
+    (slurm.folder / "scontrol-says").write_text("MaxArraySize            = 3\n")
+    assert main(["submit", "a.yaml", "--seeds", "42,1337,5000", "--no-report"]) == DONE
+    said = refusal(["a.yaml", "--seeds", "42,1337,5000-5001"], capsys)
+    assert "numbered 0 to 3 for these folds and seeds, and this cluster takes 0 to 2 (MaxArraySize)" in said
+    (slurm.folder / "scontrol-says").unlink()
+    assert main(["submit", "a.yaml", "--seeds", "42,1337,5000-5001", "--no-report"]) == DONE, "sbatch says it, then"
 
 
 def test_the_first_refusal_leaves_nothing_to_take_back(slurm: Slurm, capsys: Capture):

@@ -18,7 +18,7 @@ from torch import Tensor
 from distkd.base import World
 from distkd.comm.world import barrier
 from distkd.engines import Entry
-from distkd.errors import DiskError
+from distkd.errors import DiskError, TakenOverError
 from distkd.train import saver as saver_module
 from distkd.train.checkpoint import BEST, Best, Tensors, complete, find_latest, read_meta
 from distkd.train.saver import Fate, Saver, owners
@@ -240,9 +240,9 @@ def test_an_attempt_whose_run_was_taken_over_writes_nothing(tmp_path: Path):
     newer.save(1, entries, Best(), {})
     newer.wait()
     orphan.save(2, entries, Best(), {})
-    orphan.wait()
-    assert fates[0].error is not None
-    assert "another attempt of this run has taken over" in fates[0].error
+    with pytest.raises(TakenOverError, match="two jobs or terminals train it; this one ends, the other goes on"):
+        orphan.wait()
+    assert fates[0].error == "another attempt of this run has taken over"
     assert [path.name for path in complete(newer.checkpoints)] == ["step-00000001"]
 
 

@@ -23,7 +23,7 @@ from distkd.data.remote.store import RemoteStore, ShardFiles
 from distkd.data.shardset import Check, ShardSet
 from distkd.data.stream_plan import StreamPlan, eval_places
 from distkd.data.wds import TarFiles
-from distkd.errors import DataError
+from distkd.errors import DataError, DiskError
 
 if TYPE_CHECKING:
     from distkd.data.verify import Verified
@@ -88,7 +88,7 @@ class StreamReader(ShardSet):
         try:
             try:
                 return super()._read_member(sample, name, modality)
-            except DataError:
+            except (DataError, DiskError):
                 if not self.store.mend(number):
                     raise
             return super()._read_member(sample, name, modality)

@@ -1,0 +1,91 @@
+"""Further options of sbatch that a site asks for (DISTKD_SBATCH_OPTIONS): which are taken, and for which jobs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+__all__ = ["for_report", "read_options"]
+
+_OWN = "it is given by `distkd submit` itself; remove it"
+_TASKS = "a job has one task on each node, which starts the ranks; use DISTKD_RANKS_PER_NODE"
+_GPUS = "use DISTKD_GPUS_PER_NODE"
+
+_REFUSED = {
+    "--array": "use --folds and --seeds of `distkd submit`",
+    "--dependency": _OWN,
+    "--kill-on-invalid-dep": _OWN,
+    "--parsable": _OWN,
+    "--job-name": "a job has the name of its run; use --run.name",
+    "--chdir": "jobs run where `distkd submit` is called",
+    "--output": "use DISTKD_JOBS, the folder of the logs",
+    "--export": "jobs have the environment of `distkd submit`; set variables there or in the site file",
+    "--signal": "use --lead of `distkd submit`",
+    "--wrap": _OWN,
+    "--test-only": "use --dry-run of `distkd submit`",
+    "--wait": "`distkd submit` would not come back; `distkd status --watch` waits",
+    "--no-requeue": "a job could not go on after its time limit or a pre-emption; use DISTKD_MAX_REQUEUES",
+    "--nodes": "use --nodes of `distkd submit`",
+    "--ntasks": _TASKS,
+    "--ntasks-per-node": _TASKS,
+    "--gpus": _GPUS,
+    "--gpus-per-node": _GPUS,
+    "--gpus-per-task": f"it hides all but one GPU from the ranks; {_GPUS}",
+    "--time": "use DISTKD_TIME, or --time of `distkd submit`",
+    "--partition": "use DISTKD_PARTITION",
+    "--account": "use DISTKD_ACCOUNT",
+    "--qos": "use DISTKD_QOS",
+    "--constraint": "use DISTKD_CONSTRAINT",
+    "--reservation": "use DISTKD_RESERVATION",
+    "--cpus-per-task": "use DISTKD_CPUS_PER_TASK",
+    "--mem": "use DISTKD_MEM",
+    "--mem-per-gpu": "use DISTKD_MEM_PER_GPU",
+}
+"""Options that `distkd submit` gives itself, or that its jobs cannot bear, with what to do."""
+
+_SHORT = {
+    "-a": "--array", "-d": "--dependency", "-J": "--job-name", "-D": "--chdir", "-o": "--output", "-W": "--wait",
+    "-N": "--nodes", "-n": "--ntasks", "-G": "--gpus", "-t": "--time", "-p": "--partition", "-A": "--account",
+    "-q": "--qos", "-C": "--constraint", "-c": "--cpus-per-task",
+}  # fmt: skip
+
+_FOR_REPORT = ("--mail-type", "--mail-user", "--comment", "--wckey", "--licenses", "-L", "--clusters", "-M")
+"""What says nothing of nodes: the report needs one core and no GPU."""
+
+
+def read_options(text: str) -> tuple[str, ...]:
+    """The words, as bash takes them.
+
+    Raises:
+        ValueError: one of them is an option that is not taken here.
+    """
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; close the quotes") from error
+    for word in words:
+        option = _option(word)
+        if option in _REFUSED:
+            raise ValueError(f"{word.partition('=')[0]} is not taken here: {_REFUSED[option]}")
+    return words
+
+
+def for_report(words: Sequence[str]) -> tuple[str, ...]:
+    """Those of the words, with their values, that a job of one core can bear."""
+    kept: list[str] = []
+    is_kept = False
+    for word in words:
+        if word.startswith("-"):
+            name = word.partition("=")[0] if word.startswith("--") else word[:2]
+            is_kept = name in _FOR_REPORT
+        if is_kept:
+            kept.append(word)
+    return tuple(kept)
+
+
+def _option(word: str) -> str:
+    """The long form: sbatch takes `-t5`, and `--tim=5` for `--time=5`, too."""
+    if not word.startswith("--"):
+        return _SHORT.get(word[:2], word)
+    name = word.partition("=")[0]
+    return name if name in _REFUSED else next((known for known in _REFUSED if known.startswith(name)), name)
