@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distkd.allocation import Allocation
+from distkd.train.signals import LOOK_S
 from tests.launch import folders
 from tests.launch.processes import PATIENCE_S, REPOSITORY
 from tests.slurm.cluster import FINAL, Cluster
@@ -104,7 +105,8 @@ def hold(cluster: Cluster, job: str, folder: Path, step: int, ranks: int, attemp
 
 
 def release(pids: Iterable[int]) -> None:
-    """Held ranks go on."""
+    """Held ranks go on, and look into their stop file at the next step that asks."""
+    time.sleep(LOOK_S)  # they do so no more often, and are fast
     send(pids, signal.SIGCONT)
 
 
