@@ -82,10 +82,11 @@ def _stage_in(stages: Sequence[Settings], world: World) -> int:
 def submit(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     from distkd.config import parse_overrides
     from distkd.slurm import submit
+    from distkd.slurm.words import advice_for
     from distkd.stages import in_order, load_all, teacher_folders
 
+    overrides = parse_overrides(rest, advice_for)
     place = submit.where(arguments.site)
-    overrides = parse_overrides(rest)
     loaded = load_all(arguments.config, overrides, folds=arguments.folds, seeds=arguments.seeds)
     in_order(list(loaded.values()))  # says what no order of the stages mends
     units = [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast
@@ -21,6 +22,10 @@ from distkd.files import raise_disk_fault
 from distkd.train.settings import Settings
 
 __all__ = ["load", "parse_overrides", "schema"]
+
+
+PATHS = ("run.root", "teacher.export", "data.shards", "data.scratch", "data.stream.cache")
+"""Keys whose values may begin with `~`."""
 
 
 def load(
@@ -46,6 +51,7 @@ def load(
     for key, name in (("data.fold", "fold"), ("run.seed", "seed")):
         if sweep[name] is not None:
             _put(raw, key, sweep[name])
+    _expand(raw)
     settings = _validate(raw, str(path))
     suffix = {name: number for name, number in sweep.items() if number is not None}
     place = {"fold": settings.data.fold, "seed": settings.run.seed}
@@ -55,6 +61,20 @@ def load(
             "teacher": settings.teacher.model_copy(update={"export": _teacher(settings.teacher.export, place, suffix)}),
         }
     )
+
+
+def _expand(raw: Mapping[str, Any]) -> None:
+    """Put the home folder for a leading `~` of a path: a shell leaves one alone that is quoted, or in a file."""
+    for key in PATHS:
+        *sections, last = key.split(".")
+        here: Any = raw
+        for section in sections:
+            here = cast(dict[str, Any], here).get(section) if isinstance(here, dict) else None
+        value: Any = cast(dict[str, Any], here).get(last) if isinstance(here, dict) else None
+        if isinstance(value, str) and value.startswith("~"):
+            here[last] = os.path.expanduser(value)
+            if here[last] == value:
+                raise ConfigError(f"{key}: {value!r} names no home folder that is known here; write the whole path")
 
 
 def _teacher(export: str | None, place: Mapping[str, int], suffix: Mapping[str, int]) -> str | None:
@@ -131,8 +151,11 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
     here[last] = value
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(arguments: Sequence[str], advice: Callable[[str], str] = lambda _: "") -> dict[str, Any]:
     """`--section.field VALUE` or `--section.field=VALUE` pairs as a dictionary; values are read as YAML.
+
+    Args:
+        advice: what to do about a word that is no such pair, or nothing.
 
     Raises:
         ConfigError: a word that is no such pair.
@@ -143,7 +166,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         word = rest.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not re.fullmatch(r"\w+(\.\w+)+", key):
-            raise ConfigError(f"cannot read argument {word!r}; overrides are --section.field VALUE, see --help")
+            known = advice(word)
+            raise ConfigError(
+                f"cannot read argument {word!r}: {known}"
+                if known
+                else f"cannot read argument {word!r}; overrides are --section.field VALUE, see --help"
+            )
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE; an empty one is --{key}=")

@@ -522,3 +522,39 @@ def test_every_config_whose_data_can_be_made_is_put_together(made: Path, folder:
             dataset=job.dataset,
             about={"split_digest": split_digest(job.dataset), "fold": 0, "shards": "made"},
         )
+
+
+# paths
+
+
+def test_a_leading_tilde_of_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    home = tmp_path / "home of mine"
+    monkeypatch.setenv("HOME", str(home))
+    path = write(tmp_path, GOOD + "    run: {root: ~/x y, name: ~a}\n")
+    paths = {"data.shards": "~/sets", "data.scratch": "~/local", "data.stream.cache": "~", "teacher.export": "~/t"}
+    settings = load(path, paths)
+    assert settings.run.root == home / "x y"
+    assert (settings.data.shards, settings.data.scratch) == (f"{home}/sets", f"{home}/local")
+    assert settings.data.stream.cache == home
+    assert settings.teacher.export == f"{home}/t"
+    assert settings.run.name == "~a", "no path"
+
+
+def test_the_home_folder_of_nobody_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"run\.root: '~no-such-user/x' names no home folder .*write the whole path"):
+        load(write(tmp_path, GOOD), {"run.root": "~no-such-user/x"})
+
+
+def test_a_scratch_folder_that_depends_on_where_one_is_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"data\.scratch=me/foo is no whole path"):
+        load(write(tmp_path, GOOD), {"data.scratch": "me/foo"})
+    assert load(write(tmp_path, GOOD), {"data.scratch": "$TMPDIR/x"}).data.scratch == "$TMPDIR/x"
+
+
+def test_a_run_root_that_cannot_be_made_is_said_by_its_name(small: Small, tmp_path: Path, capsys: Any):
+    config = small.config("teacher", run={"root": "/proc/nope"}, data={"shards": None, "make": "synthetic"})
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "a.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "run root /proc/nope cannot be made: " in said
+    assert "--out" not in said

@@ -109,6 +109,11 @@ class DataConfig(StrictConfig):
                 f"data.scratch copies a folder, data.shards={self.shards} is none; leave it out: what is streamed is "
                 "kept on a disk of this machine by data.stream.cache"
             )
+        if self.scratch is not None and not self.scratch.startswith(("/", "$")):
+            raise ConfigError(
+                f"data.scratch={self.scratch} is no whole path; name a folder on each machine's own disk by its whole "
+                "path, which may begin with a $NAME of the environment"
+            )
         if remote and self.access == "indexed":
             raise ConfigError(
                 f"data.access=indexed reads a folder, data.shards={self.shards} is none; copy the set to a disk, or "

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -22,11 +23,16 @@ from distkd.data.manifest import Shard, Space
 from distkd.data.shardset import size_fault
 from distkd.errors import DataError
 
-__all__ = ["Block", "Journal", "Row", "aside_of", "real_folder"]
+__all__ = ["Block", "BusyError", "Journal", "Row", "aside_of", "real_folder", "wait_for_builder"]
 
 _NAME = "journal.jsonl"
 _TRIES = 10
 """To lock the folder, while others move or remove it."""
+_PAUSE_S = 0.2
+
+
+class BusyError(DataError):
+    """Another process builds the same set."""
 
 
 class _Line(BaseModel):
@@ -222,7 +228,16 @@ def _lock(folder: Path) -> FileIO:
                 "spoil each other: mount the file system with locks (Lustre: -o flock), or choose another --out"
             ) from error
         file.close()  # we have locked a file that is no longer in the folder
-    raise DataError(f"another process is building {str(folder)!r}; wait for it, or choose another --out")
+    raise BusyError(f"another process is building {str(folder)!r}; wait for it, or choose another --out")
+
+
+def wait_for_builder(out: Path) -> None:
+    """Return when the process that builds `out` has ended, well or not; its lock goes with it."""
+    try:
+        with FileIO(aside_of(out) / _NAME, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # it has just ended; on some file systems a lock of a file that is removed meanwhile is an error
+        time.sleep(_PAUSE_S)
 
 
 def _empty(folder: Path, but: set[str]) -> None:

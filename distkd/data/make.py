@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import distkd
-from distkd.data.manifest import closest
-from distkd.errors import ConfigError
+from distkd.data.journal import BusyError, real_folder, wait_for_builder
+from distkd.data.manifest import MANIFEST, closest
+from distkd.errors import ConfigError, DataError
+from distkd.files import raise_disk_fault
 
 __all__ = ["available", "make_shards"]
 
@@ -22,13 +26,15 @@ def available(folder: Path | None = None) -> list[str]:
 
 
 def make_shards(name: str, out: Path, *, folder: Path | None = None) -> None:
-    """Make the shard set `out` with a recipe that needs no `--raw`.
+    """Make the shard set `out`, where it is not there, with a recipe that needs no `--raw`.
+
+    Of several processes that make the same one the others wait for the first.
 
     Args:
         folder: of the recipes; the repository's own where it is None.
 
     Raises:
-        ConfigError: no such recipe, it needs raw data, or the recipes are not there.
+        ConfigError: no such recipe, it needs raw data, the recipes are not there, or the folder cannot be made.
         DataError: the recipe failed; nothing is left behind.
     """
     folder = _recipes() if folder is None else folder
@@ -41,7 +47,33 @@ def make_shards(name: str, out: Path, *, folder: Path | None = None) -> None:
             f"recipe {name!r} needs raw data, so data.make cannot run it; run `python {path} --raw DIR --out DIR` "
             "and name the result with data.shards"
         )
-    recipe.make(None, out)
+    try:
+        parent = real_folder(out).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise_disk_fault(f"the folder of shard set {out}", error)
+        why = f"shard set {out} cannot be made: {error.strerror}"
+        raise ConfigError(f"{why}; name another folder with --data.shards") from error
+    _make(recipe, out)
+
+
+def _make(recipe: ModuleType, out: Path) -> None:
+    """Run the recipe, or let another process that does finish; where that one fails it is tried here."""
+    said = False
+    while not (out / MANIFEST).exists():
+        try:
+            recipe.make(None, out)
+            return
+        except BusyError:
+            if not said:
+                print(f"distkd: waits for another process, which makes shard set {out}", file=sys.stderr, flush=True)
+            said = True
+            wait_for_builder(out)
+        except DataError:
+            if not (out / MANIFEST).exists():  # otherwise another process has just finished it
+                raise
 
 
 def _recipes() -> Path:

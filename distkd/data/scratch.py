@@ -83,7 +83,7 @@ def local_copy(folder: Path, scratch: str, *, speaks: bool = True) -> Path:
         speaks: whether this process says that it waits, or why there is no copy; one of a machine is enough.
 
     Raises:
-        ConfigError: a name in `scratch` is not set.
+        ConfigError: a name in `scratch` is not set, or the folder is not absolute.
         DataError: no shard set in `folder`, or a file of it is damaged.
     """
     target = _filled(scratch, os.environ)
@@ -137,7 +137,13 @@ def _filled(scratch: str, environ: Mapping[str, str]) -> Path:
             )
         return environ[name]
 
-    return Path(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, scratch))
+    filled = Path(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, scratch))
+    if not filled.is_absolute():
+        raise ConfigError(
+            f"data.scratch={scratch} is {str(filled)!r} on {platform.node()}, which is no whole path; name a folder on "
+            "each machine's own disk by its whole path"
+        )
+    return filled
 
 
 def _manifest_digest(folder: Path) -> str:

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distkd.allocation import read_jobs
@@ -25,7 +25,9 @@ from distkd.train.folder import check_config, read_outcome
 from distkd.train.job import shards_folder, teacher_folder
 from distkd.train.settings import Settings
 
-__all__ = ["check_array", "check_folds", "check_queue", "check_units", "sets_to_make"]
+__all__ = [
+    "check_array", "check_folds", "check_folds_to_come", "check_queue", "check_setup", "check_units", "sets_to_make",
+]  # fmt: skip
 
 SHOWN = 5
 """Runs that a message lists."""
@@ -79,6 +81,21 @@ def check_folds(units: Sequence[Unit]) -> None:
             manifest = read_manifest(folder)
             for fold in sorted(some):
                 split_numbers(manifest, fold, "train")
+
+
+def check_folds_to_come(units: Sequence[Unit], sets: Collection[Path]) -> None:
+    """Say that the folds of sets that are not made yet cannot be looked at; the first one is always there."""
+    if any(unit.settings.data.fold and not unit.streamed and shards_folder(unit.settings) in sets for unit in units):
+        print("distkd: folds are not checked: there are no shards yet", file=sys.stderr)
+
+
+def check_setup(site: Site) -> None:
+    """Say that the file to source is not here; the nodes may have it."""
+    if site.setup is not None and not Path(site.setup).is_file():
+        print(
+            f"distkd: DISTKD_SETUP names no file here: {site.setup}; jobs fail unless their nodes have it",
+            file=sys.stderr,
+        )
 
 
 def _check_root(root: Path) -> None:

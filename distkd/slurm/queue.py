@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-__all__ = ["QueuedJob", "is_of_scripts", "max_task", "queued"]
+__all__ = ["EndedJob", "QueuedJob", "ended", "is_of_scripts", "max_task", "queued"]
+
+_UNLIMITED_S = 180 * 86400
+"""Where a partition has no limit, SLURM gives a job a year."""
+
+_WENT_WRONG = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 
 ANSWER_S = 30.0
 """How long the controller may take; SLURM's own time-out of a message is 10 s, and squeue tries again."""
@@ -30,6 +35,20 @@ class QueuedJob:
     """As SLURM writes them, for example `n[1-2]`; empty while it waits."""
 
 
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job that ended without being through."""
+
+    job: str
+    """Its id as people see it."""
+    state: str
+    """SLURM's word: FAILED, CANCELLED, TIMEOUT, OUT_OF_MEMORY, ..."""
+    reason: str
+    """For example NonZeroExitCode or DependencyNeverSatisfied; empty where SLURM has none to say."""
+    code: int
+    """Exit code of its script; 0 where a signal ended it, or it has not run."""
+
+
 def queued(ids: Sequence[str] | None = None) -> dict[str, QueuedJob] | None:
     """This user's jobs in the queue by id, one for each task of an array.
 
@@ -39,17 +58,27 @@ def queued(ids: Sequence[str] | None = None) -> dict[str, QueuedJob] | None:
     Returns:
         None where there is no `squeue`, or the controller does not answer: then nothing is known.
     """
-    # settings such as SQUEUE_STATES would hide jobs
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    command = ["squeue", "--noheader", "--me", "--array", "--format=%i|%T|%r|%L|%N"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=ANSWER_S)
-    except (OSError, subprocess.TimeoutExpired):
+    answer = _asked("squeue", "--noheader", "--me", "--array", "--format=%i|%T|%r|%L|%N")
+    if answer is None:
         return None
-    if answer.returncode:
-        return None
-    jobs = [_read(line) for line in answer.stdout.splitlines() if line.count("|") == 4]
+    jobs = [_read(line) for line in answer.splitlines() if line.count("|") == 4]
     return {job.job: job for job in jobs if ids is None or job.job in ids or job.job.partition("_")[0] in ids}
+
+
+def ended(ids: Collection[str]) -> dict[str, EndedJob]:
+    """Those of these jobs, by id, that ended without being through and that the controller still remembers.
+
+    It does so without accounts, for the `MinJobAge` of the cluster: five minutes unless the site says otherwise.
+    """
+    fields = "JobArrayID:64,State:32,exit_code:16,Reason:64"
+    answer = _asked("squeue", "--noheader", "--me", "--array", "--states=all", f"--Format={fields}") or ""
+    lines = [line.split() for line in answer.splitlines()]
+    found = [
+        EndedJob(words[0], words[1], "" if words[3] == "None" else words[3], _exit_code(words[2]))
+        for words in lines
+        if len(words) >= 4 and words[0] in ids and words[1] in _WENT_WRONG
+    ]
+    return {job.job: job for job in found}
 
 
 def is_of_scripts(job: str) -> bool:
@@ -68,10 +97,13 @@ def max_task() -> int | None:
 
 def _asked(*command: str) -> str | None:
     """What a command of SLURM's says; None where there is no such command or no answer."""
+    # settings such as SQUEUE_STATES would hide jobs
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
         answer = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=ANSWER_S
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environment,
+            timeout=ANSWER_S,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if answer.returncode else answer.stdout
@@ -79,7 +111,18 @@ def _asked(*command: str) -> str | None:
 
 def _read(line: str) -> QueuedJob:
     job, state, reason, left, nodes = (word.strip() for word in line.split("|"))
-    return QueuedJob(job, state, "" if reason == "None" else reason, _seconds(left), nodes)
+    seconds = _seconds(left)
+    if seconds is not None and seconds > _UNLIMITED_S:
+        seconds = None
+    return QueuedJob(job, state, "" if reason == "None" else reason, seconds, nodes)
+
+
+def _exit_code(text: str) -> int:
+    """`512`, as of wait(2), and `2:0` are both code 2."""
+    code, colon, _ = text.partition(":")
+    if not code.isdigit():
+        return 0
+    return int(code) if colon else int(code) >> 8 & 255
 
 
 def _seconds(text: str) -> int | None:

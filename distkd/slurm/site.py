@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Site:
     """Folder on a node's own disk for copies of shards; its `$NAMES` are filled in there."""
     metrics: str | None = None
     """Who may scrape the ranks: off, local or network."""
+    setup: str | None = None
+    """File that the jobs source on their nodes."""
     at_run_time: frozenset[str] = frozenset()
     """Names of the settings for the job itself that are given."""
 
@@ -148,6 +151,8 @@ def limit_seconds(limit: str) -> int | None:
 
 def _run_by_bash(path: Path) -> dict[str, str]:
     """What the file assigns, read where nothing else is set; a word on standard error is a mistake in it."""
+    if b"\r\n" in path.read_bytes():
+        raise ConfigError(f"site file {path} has Windows line ends; dos2unix {shlex.quote(str(path))}")
     program = 'bash -n -- "$1" && set -a && . "$1"; set +a; env -0'
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "USER") if name in os.environ}
     try:
@@ -205,6 +210,12 @@ def _limit(text: str) -> str:
     return text
 
 
+def _scratch(text: str) -> str:
+    if not text.startswith(("/", "$")):
+        raise ValueError("expected a whole path, or one that begins with a $NAME (in single quotes) of the node")
+    return text
+
+
 def _metrics(text: str) -> str:
     if text not in ("off", "local", "network"):
         raise ValueError("expected off, local or network")
@@ -228,7 +239,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DISTKD_SBATCH_OPTIONS": ("sbatch_options", read_options),
     "DISTKD_RANKS_PER_NODE": ("ranks_per_node", _count),
     "DISTKD_ELASTIC": ("elastic", _count),
-    "DISTKD_SCRATCH": ("scratch", _word),
+    "DISTKD_SCRATCH": ("scratch", _scratch),
     "DISTKD_METRICS": ("metrics", _metrics),
+    "DISTKD_SETUP": ("setup", _word),
 }
 """Settings that `distkd submit` looks at: the field of `Site`, and what makes a value of the text."""

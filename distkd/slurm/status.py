@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from distkd.allocation import read_jobs
 from distkd.errors import DataError
 from distkd.metrics.targets import stale
 from distkd.slurm.progress import Position, read_position
-from distkd.slurm.queue import QueuedJob
+from distkd.slurm.queue import EndedJob, QueuedJob
 
-__all__ = ["ACTIVE", "RUNNING", "Job", "Row", "duration", "find", "look"]
+__all__ = ["ACTIVE", "RUNNING", "Job", "Row", "duration", "find", "how_it_ended", "look", "shown"]
 
 RUNNING = ("running", "evaluating", "starting")
 ACTIVE = (*RUNNING, "queued again", "queued", "waiting")
@@ -60,6 +61,8 @@ class Job:
     restarts: int = 0
     after: tuple[str, ...] = ()
     log: str = ""
+    noted: float = 0.0
+    """When the run's folder last had a word of it; seconds of the epoch."""
 
     @property
     def pends(self) -> bool:
@@ -74,7 +77,7 @@ class Row:
     folder: Path
     state: str
     """starting, running, evaluating (all steps are done), queued, queued again, waiting (for another run), done,
-    interrupted, failed, or lost: it has not said how it ended, and nothing goes on."""
+    interrupted, failed, cancelled, or lost: it has not said how it ended, and nothing goes on."""
     step: int | None = None
     total: int | None = None
     steps_per_s: float | None = None
@@ -95,52 +98,90 @@ class Row:
     @property
     def is_active(self) -> bool:
         """Whether waiting for it makes sense."""
-        return self.state in ACTIVE and not any(job.reason in _HELD for job in self.jobs[:1])
+        alive = any(job.state for job in self.jobs[:1])
+        return (alive or self.state in ACTIVE) and not any(job.reason in _HELD for job in self.jobs[:1])
 
     def for_scripts(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-def look(paths: Sequence[Path], queue: Mapping[str, QueuedJob] | None, now: float) -> list[Row]:
+def look(
+    paths: Sequence[Path],
+    queue: Mapping[str, QueuedJob] | None,
+    now: float,
+    *,
+    ended: Callable[[Collection[str]], Mapping[str, EndedJob]] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> list[Row]:
     """A row for each run among and below `paths`: running ones first, then those that wait, then the newest ending.
 
     Args:
         queue: the user's jobs by id, asked before this call so that a run that ends meanwhile is not taken for lost;
             None where it cannot be asked.
         now: seconds of the epoch.
+        ended: asked, once and only where it matters, how jobs ended that are no longer in the queue.
+        warn: told of each path without a run; None: nobody is.
 
     Raises:
-        DataError: a path does not exist, or there is no run at or below it.
+        DataError: there is no run at or below any of the paths.
     """
-    rows = [_row(name, folder, queue, now) for name, folder in find(paths).items()]
+    seen = [
+        _Seen(name, folder, _jobs(folder, queue), read_position(folder), _is_asked(folder, queue))
+        for name, folder in find(paths, warn).items()
+    ]
+    gone = {job.job for run in seen if (job := run.gone) is not None}
+    ends = ended(gone) if ended is not None and gone else {}
+    rows = [_row(run, None if run.gone is None else ends.get(run.gone.job), queue, now) for run in seen]
     return sorted((_in_turn(row, rows) for row in rows), key=_order)
 
 
-def find(paths: Sequence[Path]) -> dict[str, Path]:
+def find(paths: Sequence[Path], warn: Callable[[str], None] | None = None) -> dict[str, Path]:
     """The run folders among and below `paths` by name, submitted ones that have not begun included.
 
+    Below a single path names are relative to it, otherwise to the current folder.
+
+    Args:
+        warn: told of each path without a run; None: nobody is.
+
     Raises:
-        DataError: a path does not exist, or there is no run at or below it.
+        DataError: there is no run at or below any of the paths.
     """
     found: dict[Path, str] = {}
+    wrong: list[str] = []
     for path in paths:
+        below = _runs_below(path, _MAX_DEPTH)
         if not path.is_dir():
             state = "is a file, not a folder" if path.exists() else "does not exist"
-            raise DataError(f"{path} {state}; name a run folder, or a folder of run folders such as runs/")
-        below = _runs_below(path, _MAX_DEPTH)
-        if not below:
-            raise DataError(f"no run found at or below {path}; `distkd submit` and `distkd train CONFIG` make one")
+            wrong.append(f"{path} {state}; name a run folder, or a folder of run folders such as runs/")
+        elif not below:
+            wrong.append(f"no run found at or below {path}; `distkd submit` and `distkd train CONFIG` make one")
         for folder in below:
-            found.setdefault(folder.resolve(), str(folder.relative_to(path)) if folder != path else folder.name)
+            short = folder.name if folder == path else str(folder.relative_to(path))
+            found.setdefault(folder.resolve(), short if len(paths) == 1 else _from_here(folder.resolve()))
+    if not found:
+        raise DataError("\n".join(wrong))
+    if warn is not None:
+        for line in wrong:
+            warn(line)
     names = list(found.values())
     return {name if names.count(name) == 1 else str(folder): folder for folder, name in found.items()}
+
+
+def shown(path: Path) -> str:
+    """As it is typed in the current folder."""
+    return shlex.quote(_from_here(path))
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path != here and path.is_relative_to(here) else str(path)
 
 
 def _runs_below(folder: Path, depth: int) -> list[Path]:
     try:
         with os.scandir(folder) as found:
             entries = {entry.name: entry for entry in found}
-    except (PermissionError, FileNotFoundError):  # somebody else's, or it has just been removed
+    except (PermissionError, FileNotFoundError, NotADirectoryError):  # somebody else's, or it has just been removed
         return []
     if "config.yaml" in entries or "jobs.jsonl" in entries:
         return [folder]
@@ -151,10 +192,39 @@ def _runs_below(folder: Path, depth: int) -> list[Path]:
     return [run for name in inside for run in _runs_below(folder / name, depth - 1)]
 
 
-def _row(name: str, folder: Path, queue: Mapping[str, QueuedJob] | None, now: float) -> Row:
-    jobs, at = _jobs(folder, queue), read_position(folder)
-    asked = queue is not None and folder.stat().st_uid == os.getuid()  # the queue was asked for this user's jobs only
-    state, advice = _judge(at, jobs[0] if jobs else None, asked=asked, now=now)
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the files and the queue say of a run."""
+
+    name: str
+    folder: Path
+    jobs: tuple[Job, ...]
+    at: Position
+    asked: bool
+    """Whether a job that is not in the queue is known to be gone."""
+
+    @property
+    def gone(self) -> Job | None:
+        """The newest job, where it is gone and the run does not say why."""
+        job = self.jobs[0] if self.jobs else None
+        if not self.asked or job is None or job.state or self.at.ending == "done":
+            return None
+        if self.at.job == job.job:
+            return job if self.at.ending is None else None
+        # since then the run may have been started outside of SLURM
+        return job if self.at.started is None or job.noted > self.at.started else None
+
+
+def _is_asked(folder: Path, queue: Mapping[str, QueuedJob] | None) -> bool:
+    try:
+        return queue is not None and folder.stat().st_uid == os.getuid()  # it was asked for this user's jobs only
+    except FileNotFoundError:  # it has just been removed
+        return False
+
+
+def _row(run: _Seen, end: EndedJob | None, queue: Mapping[str, QueuedJob] | None, now: float) -> Row:
+    name, folder, jobs, at, asked = run.name, run.folder, run.jobs, run.at, run.asked
+    state, advice = _judge(at, jobs[0] if jobs else None, end, asked=asked, now=now)
     running = [job.job for job in queue.values() if job.state not in _PENDING] if queue is not None and asked else None
     rate = at.rate if state == "running" else None
     age_s = None if at.news is None else max(0.0, now - at.news)
@@ -175,7 +245,7 @@ def _row(name: str, folder: Path, queue: Mapping[str, QueuedJob] | None, now: fl
         ended=at.ended,
         metric=at.metric,
         value=at.value,
-        jobs=() if state == "done" else jobs,
+        jobs=tuple(job for job in jobs if job.state) if state == "done" else jobs,
         advice=advice,
         stale_targets=_stale_targets(folder, state, running),
     )
@@ -191,7 +261,8 @@ def _jobs(folder: Path, queue: Mapping[str, QueuedJob] | None) -> tuple[Job, ...
             job = replace(job, restarts=int(line.get("restart") or 0))
         else:
             job = replace(job, after=tuple(map(str, line.get("after") or ())), log=str(line.get("log") or ""))
-        known[name] = job
+        time = line.get("time")
+        known[name] = replace(job, noted=time) if isinstance(time, (int, float)) else job
     newest_first = list(reversed(known.values()))
     waiting = [_asked(job, queue[job.job]) for job in newest_first if queue is not None and job.job in queue]
     return tuple(waiting or newest_first[:1])
@@ -201,10 +272,11 @@ def _asked(job: Job, found: QueuedJob) -> Job:
     return replace(job, state=found.state, reason=found.reason, time_left_s=found.time_left_s, nodes=found.nodes)
 
 
-def _judge(at: Position, job: Job | None, *, asked: bool, now: float) -> tuple[str, str]:
+def _judge(at: Position, job: Job | None, end: EndedJob | None, *, asked: bool, now: float) -> tuple[str, str]:
     """State and advice.
 
     Args:
+        end: how the job ended, where the run does not say it and SLURM does.
         asked: whether a job that is not in the queue is known to be gone.
     """
     if at.ending == "done":
@@ -217,6 +289,8 @@ def _judge(at: Position, job: Job | None, *, asked: bool, now: float) -> tuple[s
         if at.ending == "failed":
             return "failed", _failure(at)
         return _going(at, job, now)
+    if job is not None and end is not None:
+        return _as_ended(at, job, end)
     if at.ending == "failed":
         return "failed", _failure(at)
     if at.ending == "interrupted":
@@ -230,6 +304,30 @@ def _judge(at: Position, job: Job | None, *, asked: bool, now: float) -> tuple[s
         return "lost", f"job {at.job} is gone and the run has not said how it ended{see}; submit again to resume"
     state, advice = _going(at, None, now)
     return ("lost", f"{advice}; if it no longer runs, start it again to resume") if advice else (state, "")
+
+
+def _as_ended(at: Position, job: Job, end: EndedJob) -> tuple[str, str]:
+    """Of a run whose job ended before it began, or without a word of the run's."""
+    begun = at.job == job.job
+    when = "" if begun else " before the run began"
+    again = "submit again to resume" if begun or at.started is not None else "submit again"
+    if end.state == "CANCELLED" and end.reason == "DependencyNeverSatisfied":
+        after = f" (job {', '.join(job.after)})" if job.after else ""
+        return "cancelled", f"what job {job.job} waited for did not come{after}: mend that, {again}"
+    see = _see(job)
+    if end.state == "CANCELLED":
+        return "cancelled", f"job {job.job} was cancelled{when}{see}; {again}"
+    see = see or f", see scontrol show job {job.job}"
+    return "failed", f"job {job.job} {how_it_ended(end)}{when}{see}; mend it and {again}"
+
+
+def how_it_ended(end: EndedJob) -> str:
+    """`ended with exit code 2`, `was cancelled`, `ended: out of memory`."""
+    if end.state == "CANCELLED":
+        return "was cancelled"
+    if end.state == "FAILED" and end.code:
+        return f"ended with exit code {end.code}"
+    return f"ended: {end.state.lower().replace('_', ' ')}"
 
 
 def _starts_again(job: Job) -> bool:
@@ -266,7 +364,7 @@ def _failure(at: Position) -> str:
 
 
 def _see(job: Job) -> str:
-    return f", see {job.log}" if job.log else ""
+    return f", see {shown(Path(job.log))}" if job.log and Path(job.log).is_file() else ""
 
 
 def _in_turn(row: Row, rows: Sequence[Row]) -> Row:

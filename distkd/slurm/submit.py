@@ -16,12 +16,21 @@ from distkd.data.make import make_shards
 from distkd.data.manifest import MANIFEST
 from distkd.errors import ConfigError
 from distkd.files import write_text
-from distkd.slurm.checks import check_array, check_folds, check_queue, check_units, sets_to_make
+from distkd.slurm.checks import (
+    check_array,
+    check_folds,
+    check_folds_to_come,
+    check_queue,
+    check_setup,
+    check_units,
+    sets_to_make,
+)
 from distkd.slurm.plan import Job, Request, Stage, plan, ranges, report_arguments
 from distkd.slurm.sbatch import alone, carry_out, words_of
 from distkd.slurm.site import RUN_TIME, Site, find_site, read_site
 from distkd.slurm.surroundings import foreign, surroundings
 from distkd.slurm.units import Options, Unit, each_run_once, numbers_of, stages_of
+from distkd.train.folder import make_root
 
 __all__ = ["Options", "Unit", "Where", "submit", "where"]
 
@@ -92,12 +101,14 @@ def submit(units: Sequence[Unit], options: Options, place: Where) -> None:
 
     jobs = planned(stages)
     check_array(jobs)
+    check_setup(site)
     if done:
         print(f"distkd: {_count(done, 'run')} done already, left out", file=sys.stderr)
     for name in dict.fromkeys(job.name for job in jobs if job.variables):
         print(f"distkd: {name} reads shards from a URL, nothing is copied to DISTKD_SCRATCH for it", file=sys.stderr)
     if options.dry_run:
         missing()
+        check_folds_to_come(units, sets)
         print(_script(jobs, handed, home, jobs_folder, sets), end="")
         return
     if shutil.which("sbatch") is None:
@@ -106,10 +117,13 @@ def submit(units: Sequence[Unit], options: Options, place: Where) -> None:
             f"  {_without_slurm(units, options, home, folds, seeds, words)}\n"
             "and --dry-run shows the jobs of a cluster"
         )
+    for folder in dict.fromkeys(unit.settings.run.root for unit in units):
+        make_root(folder)
     _make_jobs_folder(jobs_folder)
     with alone(jobs_folder):
         missing()
         for shards, recipe in sets.items():
+            print(f"distkd: makes shard set {shards} first (recipe {recipe})", file=sys.stderr, flush=True)
             make_shards(recipe, shards)
         check_folds(units)  # of these, too
         folder = _submission_folder(jobs_folder)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distkd.slurm.queue import queued
-from distkd.slurm.status import RUNNING, Row, duration, look
+from distkd.errors import DataError
+from distkd.slurm.queue import ended, queued
+from distkd.slurm.status import RUNNING, Row, duration, look, shown
+from distkd.slurm.unbegun import unbegun
 
 __all__ = ["plain", "run"]
 
@@ -24,7 +27,7 @@ _HEADINGS = ("run", "state", "step", "rate", "ETA", "news", "val", "job")
 _WIDE = 120
 """Columns of a terminal that has room for every cell on one line."""
 _COLOURS = {"running": "green", "evaluating": "green", "starting": "green", "failed": "bold red", "lost": "bold red",
-            "interrupted": "yellow", "done": "dim"}  # fmt: skip
+            "interrupted": "yellow", "cancelled": "yellow", "done": "dim"}  # fmt: skip
 
 
 def run(
@@ -39,22 +42,31 @@ def run(
     """Print the table; with `every_s` again and again until nothing runs or waits, or Ctrl-C.
 
     Raises:
-        DataError: a path does not exist, or there is no run at or below it.
+        DataError: there is no run at or below any of the paths.
     """
     console = Console()
     try:
         while True:
             queue = queued()
             now = clock()
-            rows = look(paths, queue, now)
+            notes: list[str] = []
+            try:
+                rows = look(paths, queue, now, ended=ended, warn=notes.append)
+            except DataError as error:  # there may be jobs by hand that came to nothing
+                raise DataError("\n".join([str(error), *unbegun(paths, [], queue, now)])) from error
+            notes = [*unbegun(paths, [row.folder for row in rows], queue, now), *notes]
             if as_json:
+                print("".join(f"distkd: {note}\n" for note in notes), end="", file=sys.stderr)
                 print(json.dumps([row.for_scripts() for row in rows], indent=None if every_s else 1), flush=True)
             elif console.is_terminal:
                 if every_s:
                     console.clear()
                 _draw(console, rows, now, everything=everything, unasked=queue is None)
+                for note in notes:
+                    console.print(note, markup=False, highlight=False, soft_wrap=True)
             else:
-                print("\n".join(plain(rows, now, everything=everything, unasked=queue is None)), flush=True)
+                lines = plain(rows, now, everything=everything, unasked=queue is None)
+                print("\n".join([*lines, *notes]), flush=True)
             if every_s is None or not any(row.is_active for row in rows):
                 return 0
             sleep(every_s)
@@ -67,7 +79,7 @@ def run(
 
 
 def plain(rows: Sequence[Row], now: float, *, everything: bool = False, unasked: bool = False) -> list[str]:
-    """Aligned lines, one a run, for a log file.
+    """Aligned lines, one a run and below it what to do, for a log file.
 
     Args:
         everything: a line for each run; otherwise runs of a study that are in the same state share one.
@@ -78,8 +90,8 @@ def plain(rows: Sequence[Row], now: float, *, everything: bool = False, unasked:
     widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADINGS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
     advice = ["", *(group[0].advice for group in groups)]
-    said = [f"{line}  ->  {words}" if words else line.rstrip() for line, words in zip(lines, advice, strict=True)]
-    return [*said, *_below(rows, unasked=unasked)]
+    said = [[line.rstrip(), *([f"    -> {words}"] if words else [])] for line, words in zip(lines, advice, strict=True)]
+    return [*chain.from_iterable(said), *_below(rows, unasked=unasked)]
 
 
 def _draw(console: Console, rows: Sequence[Row], now: float, *, everything: bool, unasked: bool) -> None:
@@ -98,9 +110,11 @@ def _draw(console: Console, rows: Sequence[Row], now: float, *, everything: bool
     console.print(table)
     for group in groups:
         if group[0].advice:
-            console.print(f"{escape(_name(group))} [cyan]-> {escape(group[0].advice)}[/]", highlight=False)
+            console.print(
+                f"{escape(_name(group))} [cyan]-> {escape(group[0].advice)}[/]", highlight=False, soft_wrap=True
+            )
     for line in _below(rows, unasked=unasked):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _below(rows: Sequence[Row], *, unasked: bool) -> list[str]:
@@ -109,9 +123,9 @@ def _below(rows: Sequence[Row], *, unasked: bool) -> list[str]:
     lines = [", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))]
     if unasked and any(row.jobs for row in rows):
         lines.append("the queue cannot be asked (no squeue, or no answer): all of this is from files alone")
-    stale = [str(row.folder) for row in rows if row.stale_targets]
+    stale = [shown(row.folder) for row in rows if row.stale_targets]
     if stale:
-        command = f"python -m distkd.metrics.targets --remove {shlex.join(stale)}"
+        command = f"python -m distkd.metrics.targets --remove {' '.join(stale)}"
         lines.append(f"Prometheus still asks ranks of {len(stale)} runs that do not run: {command}")
     return lines
 

@@ -1,12 +1,13 @@
-"""Further options of sbatch that a site asks for (DISTKD_SBATCH_OPTIONS): which are taken, and for which jobs."""
+"""Options of sbatch that a site asks for (DISTKD_SBATCH_OPTIONS): which are taken, for which jobs, and other places."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
 
-__all__ = ["for_report", "read_options"]
+__all__ = ["advice_for", "for_report", "read_options"]
 
+_SITE = "in slurm/site.env or in the environment"
 _OWN = "it is given by `distkd submit` itself; remove it"
 _TASKS = "a job has one task on each node, which starts the ranks; use DISTKD_RANKS_PER_NODE"
 _GPUS = "use DISTKD_GPUS_PER_NODE"
@@ -49,6 +50,16 @@ _SHORT = {
     "-q": "--qos", "-C": "--constraint", "-c": "--cpus-per-task",
 }  # fmt: skip
 
+_OTHERS = {
+    "--gres", "--exclusive", "--mem-per-cpu", "--nodelist", "--exclude", "--mail-type", "--mail-user", "--comment",
+    "--wckey", "--licenses", "--clusters", "--begin", "--deadline", "--nice", "--priority", "--hint", "--switches",
+    "--tmp", "--requeue", "--error", "--input", "--open-mode", "--get-user-env", "--gpu-bind", "--gpu-freq",
+    "--cores-per-socket", "--sockets-per-node", "--threads-per-core", "--distribution", "--ntasks-per-gpu",
+    "--time-min", "--overcommit", "--oversubscribe", "--prefer", "--propagate", "--hold", "--uid", "--verbose",
+    "-w", "-x", "-L", "-M", "-e", "-i", "-m", "-O", "-s", "-H", "-B", "-b", "-F",
+}  # fmt: skip
+"""Others that sbatch knows, and that a site may give."""
+
 _FOR_REPORT = ("--mail-type", "--mail-user", "--comment", "--wckey", "--licenses", "-L", "--clusters", "-M")
 """What says nothing of nodes: the report needs one core and no GPU."""
 
@@ -68,6 +79,19 @@ def read_options(text: str) -> tuple[str, ...]:
         if option in _REFUSED:
             raise ValueError(f"{word.partition('=')[0]} is not taken here: {_REFUSED[option]}")
     return words
+
+
+def advice_for(word: str) -> str:
+    """What to do instead of giving `distkd submit` this option of sbatch; empty where it is none."""
+    if not word.startswith("-") or "." in word.partition("=")[0]:
+        return ""  # more like an override
+    option = _option(word)
+    name = word.partition("=")[0] if word.startswith("--") else word[:2]
+    if option not in _REFUSED:
+        known = name in _OTHERS
+        return f"{name} is an option of sbatch: add it to DISTKD_SBATCH_OPTIONS {_SITE}" if known else ""
+    what = _REFUSED[option]
+    return f"{name} is an option of sbatch: {what}{f' {_SITE}' if what.startswith('use DISTKD_') else ''}"
 
 
 def for_report(words: Sequence[str]) -> tuple[str, ...]:

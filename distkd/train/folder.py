@@ -20,7 +20,7 @@ from distkd import __version__
 from distkd.base import World
 from distkd.data.volumes import VolumeView
 from distkd.errors import ConfigError
-from distkd.files import read_json, write_json, write_text
+from distkd.files import raise_disk_fault, read_json, write_json, write_text
 from distkd.train.settings import Settings
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "check_selected",
     "environment",
     "leave_note",
+    "make_root",
     "write_config",
     "write_outcome",
 ]
@@ -87,6 +88,22 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def make_root(root: Path) -> None:
+    """Make the folder of all runs.
+
+    Raises:
+        ConfigError: it cannot be made.
+        DiskError: the file system has a fault.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise_disk_fault(f"run root {root}", error)
+        raise ConfigError(
+            f"run root {root} cannot be made: {error.strerror}; name a folder that all nodes share with --run.root"
+        ) from error
 
 
 def write_config(settings: Settings) -> None:

@@ -33,6 +33,7 @@ from distkd.methods import Method, Setup, build
 from distkd.models.build import Classifier
 from distkd.models.norm import set_world
 from distkd.train.export import Export, load_export
+from distkd.train.folder import make_root
 from distkd.train.settings import Settings
 from distkd.train.undo import Undo
 
@@ -112,6 +113,7 @@ def open_shards(settings: Settings, world: World) -> ShardSet:
     failure: DistkdError | None = None
     if data.make is not None and world.is_main and not (folder / "manifest.json").exists():
         try:
+            make_root(settings.run.root)
             make_shards(data.make, folder)
         except DistkdError as error:
             failure = error

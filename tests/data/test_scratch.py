@@ -458,3 +458,13 @@ def test_stage_in_has_nothing_to_do_where_no_copy_is_asked_for_or_no_set_is_ther
     found = capsys.readouterr()
     assert (found.out, "nothing to copy: training makes shard set" in found.err) == ("", True)
     assert not (tmp_path / "local").exists()
+
+
+def test_a_name_whose_value_is_no_whole_path_is_refused(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WHERE", "me")
+    with pytest.raises(ConfigError, match=r"data\.scratch=\$WHERE/foo is 'me/foo' on .*, which is no whole path"):
+        local_copy(toy_folder, "$WHERE/foo")
+    assert not (tmp_path / "me").exists()

@@ -274,3 +274,15 @@ def test_train_ends_with_the_code_of_the_command_and_notes_it(launch, arguments,
 def test_train_needs_no_launcher(launch):
     train = [sys.executable, launch.folder / "launch" / "train.py", "a.yaml", "end=3"]
     assert subprocess.run(train, env=launch.environ, check=False).returncode == 3
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_a_port_that_is_taken_is_said_in_a_sentence(launch, rendezvous):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = str(held.getsockname()[1])
+        node = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODES": "1", "NODE_RANK": "0", "NPROC": "1"}
+        done = launch.run("multinode.sh", "a.yaml", **node, RENDEZVOUS=rendezvous)
+    assert done.returncode == 1
+    assert f"port {port} of 127.0.0.1 is taken, so the nodes cannot meet there; start again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert launch.calls() == []

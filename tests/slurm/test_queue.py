@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distkd.slurm.queue import QueuedJob, is_of_scripts, max_task, queued
+from distkd.slurm.queue import EndedJob, QueuedJob, ended, is_of_scripts, max_task, queued
 
 SAYS = """\
 17|RUNNING|None|1-02:03:04|n[1-2]
@@ -86,6 +86,33 @@ def test_the_largest_task_is_one_less_than_the_largest_array(
     assert max_task() == most
 
 
+def test_a_year_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in(tmp_path, "echo '17|RUNNING|None|364-23:59:58|n1'; echo '18|RUNNING|None|30-00:00:00|n1'", monkeypatch)
+    assert {job.job: job.time_left_s for job in (queued() or {}).values()} == {"17": None, "18": 30 * 86400}
+
+
+def test_jobs_that_did_not_get_through_have_state_exit_code_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    says = """\
+17     FAILED        512  NonZeroExitCode
+18_3   CANCELLED     0    DependencyNeverSatisfied
+19     CANCELLED     15   None
+20     TIMEOUT       0:0  TimeLimit
+21     COMPLETED     0    None
+22     RUNNING       0    None
+23     FAILED        1:0  NonZeroExitCode
+24     FAILED        256  NonZeroExitCode
+"""
+    stand_in(tmp_path, f"cat <<'END'\n{says}END", monkeypatch)
+    assert ended({"17", "18_3", "19", "20", "21", "22", "23", "25"}) == {
+        "17": EndedJob("17", "FAILED", "NonZeroExitCode", 2),
+        "18_3": EndedJob("18_3", "CANCELLED", "DependencyNeverSatisfied", 0),
+        "19": EndedJob("19", "CANCELLED", "", 0),
+        "20": EndedJob("20", "TIMEOUT", "TimeLimit", 0),
+        "23": EndedJob("23", "FAILED", "NonZeroExitCode", 1),
+    }
+
+
 def test_without_squeue_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert queued() is None
+    assert ended({"17"}) == {}

@@ -197,3 +197,16 @@ def test_time_limits_are_those_of_sbatch(text: str, seconds: int | None):
 def test_other_times_are_refused(text: str):
     with pytest.raises(ValueError, match="expected a time limit such as"):
         limit_seconds(text)
+
+
+@pytest.mark.parametrize("value", ["bob/foo", "'~/foo'", "./scratch"])
+def test_a_scratch_folder_has_a_whole_path_or_begins_with_a_variable_of_the_node(value: str, tmp_path: Path):
+    message = refusal(tmp_path, f"DISTKD_SCRATCH={value}")
+    assert "expected a whole path, or one that begins with a $NAME (in single quotes) of the node" in message
+    assert read_site(written(tmp_path, "DISTKD_SCRATCH='${TMPDIR}/x'")).scratch == "${TMPDIR}/x"
+
+
+def test_a_file_with_windows_line_ends_is_named_with_the_cure(tmp_path: Path):
+    assert refusal(tmp_path, "DISTKD_QOS=long\r", "DISTKD_TIME=60\r").endswith(
+        f"has Windows line ends; dos2unix '{tmp_path}/my site.env'"
+    )

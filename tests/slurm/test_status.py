@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import pytest
 from distkd.cli import USER, main
 from distkd.errors import DataError
 from distkd.slurm import progress, table
-from distkd.slurm.queue import QueuedJob, queued
+from distkd.slurm.queue import EndedJob, QueuedJob, queued
 from distkd.slurm.status import Row, duration, find, look
+from distkd.slurm.unbegun import unbegun
 
 NOW = 1_800_000_000.0
 CONFIG = "run: {name: x}\neval: {metric: auc_macro}\n"
@@ -88,8 +89,8 @@ def queue_of(*jobs: tuple[str, str, str]) -> dict[str, QueuedJob]:
     return {job: QueuedJob(job, state, reason, 3600, "n1") for job, state, reason in jobs}
 
 
-def only(root: Path, queue: dict[str, QueuedJob] | None = None) -> Row:
-    [row] = look([root], queue, NOW)
+def only(root: Path, queue: dict[str, QueuedJob] | None = None, *ends: EndedJob) -> Row:
+    [row] = look([root], queue, NOW, ended=lambda ids: {end.job: end for end in ends if end.job in ids})
     return row
 
 
@@ -244,14 +245,16 @@ def test_a_run_that_has_not_begun_is_what_its_job_is(
 
 
 def test_a_run_in_a_running_job_runs_and_is_never_called_lost(tmp_path: Path):
-    folder = begun(submitted(tmp_path / "a", "17"), job="17", restart=2)
+    log = tmp_path / "a.out"
+    log.touch()
+    folder = begun(submitted(tmp_path / "a", "17", log=str(log)), job="17", restart=2)
     row = only(folder, queue_of(("17", "RUNNING", "")))
     assert (row.state, row.advice, row.jobs[0].restarts, row.jobs[0].time_left_s) == ("running", "", 2, 3600)
     assert "17 RUNNING, 60 min left, restarted 2x" in table.plain([row], NOW)[1]
     begun(folder, job="17", age_s=720.0)
     row = only(folder, queue_of(("17", "RUNNING", "")))
     assert row.state == "running"
-    assert row.advice == "no news for 12 min, lines came every 19 s or sooner before, see a.out"
+    assert row.advice == f"no news for 12 min, lines came every 19 s or sooner before, see {log}"
     assert row.eta_s is None
 
 
@@ -302,12 +305,100 @@ def test_a_run_whose_job_is_gone_is_lost_at_once(tmp_path: Path):
     folder = begun(submitted(tmp_path / "a", "17"), job="17", age_s=3.0)
     row = only(folder, queue_of(("18", "RUNNING", "")))
     assert row.state == "lost"
-    assert row.advice == "job 17 is gone and the run has not said how it ended, see a.out; submit again to resume"
+    assert row.advice == "job 17 is gone and the run has not said how it ended; submit again to resume"  # no such log
     never = only(submitted(tmp_path / "b", "17"), {})
     assert (never.state, never.advice) == (
         "lost",
-        "job 17 left the queue before the run began, see a.out; submit again",
+        "job 17 left the queue before the run began; submit again",
     )
+
+
+@pytest.mark.parametrize(
+    "end, state, words",
+    [
+        (
+            EndedJob("17", "FAILED", "NonZeroExitCode", 2),
+            "failed",
+            "ended with exit code 2{when}, see {log}; mend it and",
+        ),
+        (EndedJob("17", "OUT_OF_MEMORY", "", 0), "failed", "ended: out of memory{when}, see {log}; mend it and"),
+        (EndedJob("17", "CANCELLED", "", 0), "cancelled", "was cancelled{when}, see {log};"),
+    ],
+)
+def test_a_run_whose_job_ended_is_what_slurm_says_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: EndedJob, state: str, words: str
+):
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "my logs" / "a-17.out"
+    log.parent.mkdir()
+    log.touch()
+    folder = submitted(tmp_path / "a", "17", log=str(log))
+    row = only(folder, {}, end)
+    assert (row.state, row.is_active) == (state, False)
+    quoted = "'my logs/a-17.out'"
+    assert row.advice == f"job 17 {words.format(when=' before the run began', log=quoted)} submit again"
+    row = only(begun(folder, job="17"), {}, end)  # the same in the middle of the run
+    assert row.state == state
+    assert row.advice == f"job 17 {words.format(when='', log=quoted)} submit again to resume"
+
+
+def test_where_there_is_no_log_slurm_is_to_be_asked(tmp_path: Path):
+    row = only(submitted(tmp_path / "a", "17", log=str(tmp_path / "none")), {}, EndedJob("17", "FAILED", "", 1))
+    assert row.advice == (
+        "job 17 ended with exit code 1 before the run began, see scontrol show job 17; mend it and submit again"
+    )
+
+
+def test_a_job_that_slurm_took_out_of_the_queue_names_the_one_it_waited_for(tmp_path: Path):
+    end = EndedJob("17_3", "CANCELLED", "DependencyNeverSatisfied", 0)
+    row = only(submitted(tmp_path / "a", "17_3", after=["16_3"]), {}, end)
+    assert (row.state, row.advice) == (
+        "cancelled",
+        "what job 17_3 waited for did not come (job 16_3): mend that, submit again",
+    )
+
+
+@pytest.mark.parametrize("outcome", ["failed", "interrupted"])
+def test_a_second_job_that_came_to_nothing_is_spoken_of_not_the_first(tmp_path: Path, outcome: str):
+    end = EndedJob("18", "FAILED", "", 2)
+    folder = submitted(ended(tmp_path / "a", outcome, job="17"), "18", time=NOW - 2)
+    row = only(folder, {}, end)
+    assert (row.state, row.jobs[0].job) == ("failed", "18")
+    assert row.advice.startswith("job 18 ended with exit code 2 before the run began")
+    assert only(folder, {}).state == outcome  # forgotten by SLURM
+    ended(folder, outcome, started_s=1.0)  # since then by hand, outside of SLURM
+    assert only(folder, {}, end).state == outcome
+
+
+def test_slurm_is_asked_once_and_only_for_jobs_whose_end_is_not_known(tmp_path: Path):
+    ended(tmp_path / "done", "done", job="1")
+    ended(tmp_path / "failed", "failed", job="2")
+    begun(tmp_path / "lost", job="3")
+    begun(tmp_path / "running", job="4")
+    submitted(tmp_path / "never", "5")
+    asked: list[Collection[str]] = []
+
+    def ends(ids: Collection[str]) -> dict[str, EndedJob]:
+        asked.append(ids)
+        return {}
+
+    look([tmp_path], queue_of(("4", "RUNNING", "")), NOW, ended=ends)
+    assert asked == [{"3", "5"}]
+    look([tmp_path], None, NOW, ended=ends)
+    look([tmp_path / "done"], {}, NOW, ended=ends)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("outcome", ["done", "failed", "interrupted"])
+@pytest.mark.parametrize("state, words", [("RUNNING", "17 RUNNING, 60 min left"), ("PENDING", "17 PENDING")])
+def test_a_job_that_lives_is_shown_whatever_the_state_of_the_run(tmp_path: Path, outcome: str, state: str, words: str):
+    row = only(ended(tmp_path / "a", outcome, job="17"), queue_of(("17", state, "")))
+    assert words in table.plain([row], NOW)[1]
+    assert row.is_active  # its next attempt, or its end
+    over = only(tmp_path / "a", {})
+    assert not over.is_active
+    if outcome == "done":
+        assert over.jobs == ()
 
 
 def test_without_a_queue_to_ask_nobody_is_called_lost_for_a_missing_job(tmp_path: Path):
@@ -349,14 +440,16 @@ def test_a_study_is_a_line_for_each_state_unless_all_are_asked_for(tmp_path: Pat
     assert [line.split()[:2] for line in lines[1:-1]] == [
         ["kd-fold15-seed1", "running"],
         ["late-fold*", "waiting"],
+        ["->", "what"],
         ["kd-fold15-seed0", "failed"],
+        ["->", "torn"],
         ["kd-fold*-seed*", "done"],
     ]
     assert "4 runs" in lines[2]
     assert "7_0 .. 7_3" in lines[2]
-    assert "auc_macro 0.6000" in lines[4]
+    assert "auc_macro 0.6000" in lines[6]
     assert lines[-1] == "1 running, 4 waiting, 1 failed, 75 done"
-    assert len(table.plain(rows, NOW, everything=True)) == 1 + 81 + 1
+    assert len(table.plain(rows, NOW, everything=True)) == 1 + 81 + 5 + 1  # five with advice
 
 
 def test_names_are_told_apart_where_two_roots_have_the_same(tmp_path: Path):
@@ -365,6 +458,39 @@ def test_names_are_told_apart_where_two_roots_have_the_same(tmp_path: Path):
     names = [row.name for row in look([tmp_path / "one", tmp_path / "two"], None, NOW)]
     assert sorted(names) == [str(tmp_path / "one" / "a"), str(tmp_path / "two" / "a")]
     assert len(look([tmp_path, tmp_path / "one"], None, NOW)) == 2  # each once
+
+
+def test_of_several_folders_names_are_relative_to_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here = tmp_path / "here"
+    for folder in (here / "runs" / "a", here / "more" / "b", tmp_path / "c"):
+        ended(folder, "done")
+    monkeypatch.chdir(here)
+    several = [Path("runs"), here / "more", Path("../c")]
+    assert {*find(several)} == {"runs/a", "more/b", str(tmp_path / "c")}
+    assert [*find([here / "more"])] == ["b"]
+
+
+@pytest.mark.usefixtures("no_squeue")
+def test_a_folder_without_runs_is_left_out_with_a_word_while_others_have_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ended(tmp_path / "a", "done")
+    (tmp_path / "empty").mkdir()
+    paths = [str(tmp_path / name) for name in ("absent", "a", "empty")]
+    for words in (["status", *paths], ["status", *paths, "--watch", "1"]):
+        assert main(words) == 0
+        *_, counts, absent, empty = capsys.readouterr().out.splitlines()
+        assert counts == "1 done"
+        assert absent.startswith(f"{paths[0]} does not exist")
+        assert empty.startswith(f"no run found at or below {paths[2]}")
+    assert main(["status", "--json", *paths]) == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)) == 1
+    assert f"{paths[0]} does not exist" in said.err
+    assert main(["status", paths[0], paths[2], "--watch", "1"]) == USER
+    said = capsys.readouterr().err
+    assert f"{paths[0]} does not exist" in said
+    assert f"no run found at or below {paths[2]}" in said
 
 
 def test_the_copies_of_a_submission_are_no_runs(tmp_path: Path):
@@ -405,10 +531,59 @@ def test_of_the_folders_of_jobs_and_of_runs_nothing_is_walked(tmp_path: Path, mo
     assert visited == [".", "2026", "2026/7", "slurm", "slurm/17_0", *studies]
 
 
+# jobs by hand
+
+
+def by_hand(root: Path, job: str, age_s: float = 60.0, run: str | None = None) -> Path:
+    """The folder of a job that has begun, and perhaps a run of its own."""
+    folder = root / "slurm" / job
+    (folder / "notes.0" / "node-0").mkdir(parents=True)
+    (folder / "stop.0").touch()
+    if run is not None:
+        (folder / "notes.0" / "node-0" / "run-0").write_text(run)
+    os.utime(folder, (NOW - age_s, NOW - age_s))
+    return folder
+
+
+def test_jobs_by_hand_that_ended_before_a_run_began_are_named(
+    tmp_path: Path, fake_squeue: Callable[[str], None], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    by_hand(runs, "12")
+    by_hand(runs, "13", run="a run that is somewhere else")
+    by_hand(runs, "14_2", age_s=30.0)
+    (by_hand(runs, "18") / "notes.0" / "code-0").write_text("0\n")  # its run was done already
+    (by_hand(runs, "19", age_s=90.0) / "notes.0" / "code-0").write_text("2\n")
+    by_hand(runs, "15", age_s=5 * 86400)
+    by_hand(runs, "16")
+    begun(runs / "a", job="17")
+    by_hand(runs, "17")
+    (tmp_path / "distkd-14_2.out").touch()  # of sbatch, in the current folder
+    fake_squeue("16|RUNNING|None|1:00|n1\n17|RUNNING|None|1:00|n1\n12 FAILED 512 NonZeroExitCode")
+    said = unbegun([Path("runs")], [runs / "a"], queued(), NOW)
+    assert said == [
+        "job 14_2 ended before its run began, see distkd-14_2.out",
+        "job 12 ended with exit code 2 before its run began, see runs/slurm/12",
+        "job 19 ended before its run began, see runs/slurm/19",
+    ]
+    assert unbegun([Path("runs")], [runs / "a"], None, NOW) == []
+    assert table.run([Path("runs")], clock=lambda: NOW) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == said
+    for job in range(20, 30):
+        by_hand(runs, str(job), age_s=50 - job)
+    assert [line.split()[1] for line in unbegun([runs], [], {}, NOW)] == ["29", "28", "27", "26", "25"]
+    (runs / "a").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"(?s)no run found at or below.*job 29 ended before its run began"):
+        table.run([runs], clock=lambda: NOW)
+
+
 # targets of Prometheus
 
 
-def test_targets_of_runs_that_do_not_run_are_named_with_the_command_that_removes_them(tmp_path: Path):
+def test_targets_of_runs_that_do_not_run_are_named_with_the_command_that_removes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     over, alive = ended(tmp_path / "over", "failed"), begun(submitted(tmp_path / "alive", "17"), job="17")
     for folder in (over, alive):
         lines_of(folder / "prometheus" / "rank-00000.json", [])
@@ -418,6 +593,9 @@ def test_targets_of_runs_that_do_not_run_are_named_with_the_command_that_removes
     assert {row.name: row.stale_targets for row in rows} == {"over": 1, "alive": 0}
     command = f"python -m distkd.metrics.targets --remove {over}"
     assert table.plain(rows, NOW)[-1] == f"Prometheus still asks ranks of 1 runs that do not run: {command}"
+    monkeypatch.chdir(tmp_path)
+    assert table.plain(rows, NOW)[-1].endswith(" --remove over")
+    monkeypatch.undo()
     subprocess.run([sys.executable, *command.split()[1:]], check=True, capture_output=True)
     assert [row.stale_targets for row in look([tmp_path], queue_of(("17", "RUNNING", "")), NOW)] == [0, 0]
 

@@ -209,10 +209,11 @@ def test_status_says_what_runs_what_waits_and_what_is_done(study: Study):
     assert f"{teachers}_0 RUNNING" in lines[TEACHERS[0]]
     assert f"{students}_0 .. {students}_2" in lines["study-student-fold*"]
     assert {name: row["state"] for name, row in end.items() if row["state"] != "done"} == {
-        TEACHERS[1]: "lost",
-        STUDENTS[1]: "lost",
+        TEACHERS[1]: "failed",
+        STUDENTS[1]: "cancelled",
     }
-    assert f"job {students}_1 left the queue before the run began" in end[STUDENTS[1]]["advice"]
+    waited = f"what job {students}_1 waited for did not come (job {teachers}_1)"
+    assert waited in end[STUDENTS[1]]["advice"]
 
 
 def test_fold_that_cannot_be_trained_ends_its_own_student_and_no_other(study: Study):

@@ -483,10 +483,10 @@ def test_a_streamed_set_is_not_copied_to_the_sites_scratch(slurm: Slurm, capsys:
 
 
 def test_settings_of_the_site_that_would_be_refused_in_the_job_are_refused_here(slurm: Slurm, capsys: Capture):
-    (slurm.folder / "site.env").write_text("DISTKD_SCRATCH='{a: 1}'\n")
+    (slurm.folder / "site.env").write_text("DISTKD_SCRATCH='/a: 1'\n")
     said = refusal(slurm.pair(), capsys)
     assert "data.scratch" in said
-    assert "jobs are given --data.scratch '{a: 1}' by the site's settings (DISTKD_SCRATCH, DISTKD_METRICS)" in said
+    assert "jobs are given --data.scratch '/a: 1' by the site's settings (DISTKD_SCRATCH, DISTKD_METRICS)" in said
     assert main(["submit", *slurm.pair(), "--data.scratch", "/tmp"]) == DONE, "the command line wins"
 
 
@@ -695,3 +695,57 @@ def test_shards_that_are_not_there_are_only_a_warning(slurm: Slurm, capsys: Capt
     slurm.write("a.yaml", "teacher", name="a", data={"shards": "/scratch/elsewhere"})
     assert main(["submit", "a.yaml"]) == DONE
     assert "shard set /scratch/elsewhere is not there for this machine" in capsys.readouterr().err
+
+
+# what a first attempt runs into
+
+
+def to_make(slurm: Slurm, **run: Any) -> str:
+    """A config whose shard set is made first."""
+    path = slurm.write("a.yaml", "teacher", data={"shards": None, "make": "synthetic", "threads": 0})
+    config = yaml.safe_load((slurm.here / path).read_text())
+    config["run"] |= run
+    (slurm.here / path).write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_an_option_of_sbatch_is_answered_with_its_place(slurm: Slurm, capsys: Capture):
+    slurm.pair()
+    message = refusal(["my study/teacher.yaml", "--partition", "x"], capsys)
+    assert "'--partition'" in message
+    assert "use DISTKD_PARTITION in slurm/site.env or in the environment" in message
+
+
+def test_a_dry_run_says_that_folds_of_shards_to_come_are_not_checked(slurm: Slurm, capsys: Capture):
+    config = to_make(slurm)
+    note = "distkd: folds are not checked: there are no shards yet\n"
+    assert main(["submit", config, "--folds", "5-9", "--dry-run"]) == DONE
+    assert note in capsys.readouterr().err
+    assert main(["submit", config, "--dry-run"]) == DONE
+    assert note not in capsys.readouterr().err
+
+
+def test_shards_are_made_with_a_word_before_and_folds_that_they_lack_are_refused(slurm: Slurm, capsys: Capture):
+    message = refusal([to_make(slurm), "--folds", "1,9"], capsys)
+    assert message.startswith("distkd: makes shard set my runs/shards/synthetic first (recipe synthetic)\n")
+    assert "data.fold=9, the shard set of task 'synthetic_grade' has folds 0..2" in message
+    assert slurm.calls() == []
+
+
+def test_a_run_root_that_cannot_be_made_is_said_before_shards_are(slurm: Slurm, capsys: Capture):
+    message = refusal([to_make(slurm, root="/proc/nope")], capsys)
+    assert "run root /proc/nope cannot be made: " in message
+    assert "--run.root" in message
+    assert "--out" not in message
+    assert "makes shard set" not in message
+
+
+def test_a_setup_file_that_is_not_here_is_a_warning(slurm: Slurm, capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    slurm.pair()
+    monkeypatch.setenv("DISTKD_SETUP", "/nodes/only.sh")
+    assert main(["submit", "my study/teacher.yaml", "--dry-run"]) == DONE
+    note = "DISTKD_SETUP names no file here: /nodes/only.sh; jobs fail unless their nodes have it\n"
+    assert note in capsys.readouterr().err
+    monkeypatch.setenv("DISTKD_SETUP", "my study/teacher.yaml")
+    assert main(["submit", "my study/teacher.yaml", "--dry-run"]) == DONE
+    assert "DISTKD_SETUP names" not in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distkd.slurm.words import for_report, read_options
+from distkd.slurm.words import advice_for, for_report, read_options
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,23 @@ def test_other_options_are_taken_as_bash_takes_them():
 def test_a_report_is_given_what_says_nothing_of_nodes():
     words = ["--gres=gpu:1", "--mail-type", "FAIL", "-L", "x:1", "-w", "n1", "--comment=a b", "--exclusive=user", "-Lx"]
     assert for_report(words) == ("--mail-type", "FAIL", "-L", "x:1", "--comment=a b", "-Lx")
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("--partition", "use DISTKD_PARTITION in slurm/site.env or in the environment"),
+        ("-pgpu", "use DISTKD_PARTITION in slurm/site.env or in the environment"),
+        ("--gpus-per-node=4", "use DISTKD_GPUS_PER_NODE in slurm/site.env or in the environment"),
+        ("--array=1-3", "use --folds and --seeds of `distkd submit`"),
+        ("--mail-type=FAIL", "add it to DISTKD_SBATCH_OPTIONS in slurm/site.env or in the environment"),
+        ("-w", "add it to DISTKD_SBATCH_OPTIONS in slurm/site.env or in the environment"),
+    ],
+)
+def test_an_option_of_sbatch_given_to_submit_has_another_place(word: str, advice: str):
+    assert advice_for(word) == f"{word.partition('=')[0].removesuffix('gpu')} is an option of sbatch: {advice}"
+
+
+@pytest.mark.parametrize("word", ["--gamma", "fold", "-optim.lr", "--data.output=1", "3"])
+def test_other_words_are_no_options_of_sbatch(word: str):
+    assert advice_for(word) == ""
