@@ -17,8 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from distkd.errors import DataError
+from distkd.slurm.find import shown
+from distkd.slurm.judge import duration
 from distkd.slurm.queue import ended, queued
-from distkd.slurm.status import RUNNING, Row, duration, look, shown
+from distkd.slurm.status import RUNNING, Row, look
 from distkd.slurm.unbegun import unbegun
 
 __all__ = ["plain", "run"]

@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from distkd.allocation import read_jobs
+from distkd.slurm.find import shown
+from distkd.slurm.judge import how_it_ended
 from distkd.slurm.queue import QueuedJob, ended
 from distkd.slurm.requeue import read_past
-from distkd.slurm.status import how_it_ended, shown
 
 __all__ = ["unbegun"]
 

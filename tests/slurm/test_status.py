@@ -15,8 +15,10 @@ import pytest
 from distkd.cli import USER, main
 from distkd.errors import DataError
 from distkd.slurm import progress, table
+from distkd.slurm.find import find
+from distkd.slurm.judge import duration
 from distkd.slurm.queue import EndedJob, QueuedJob, queued
-from distkd.slurm.status import Row, duration, find, look
+from distkd.slurm.status import Row, look
 from distkd.slurm.unbegun import unbegun
 
 NOW = 1_800_000_000.0
