@@ -26,7 +26,7 @@ demo: $(STAMP)  ## shards, teacher, students and report on the embedded data: 2 
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) launch/demo.sh
 
 test: $(STAMP)  ## all tests; ARGS='-k bank -x' are passed to pytest, WORKERS=0 runs one after the other
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder $(ARGS)
 
 faults: $(STAMP)  ## 50 kills and more at random moments, some 15 minutes; FAULT_SEED=N takes the same moments again
 	FAULTS=full FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults -s $(ARGS)

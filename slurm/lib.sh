@@ -113,8 +113,8 @@ begin() {
     enough_time
     root=$(value_of --run.root "$@")
     folder=${DISTKD_JOBS:-${root:-runs}/slurm}/$job
-    mkdir -m 700 -p "$folder" # logs may name patients
     mkdir -p "$folder/notes.$attempt" "$folder/logs.$attempt"
+    chmod 700 "$folder" # logs may name patients
     folder=$(cd "$folder" && pwd)
     [[ $attempt -gt 0 ]] || rm -f "$folder/requeues.json" "$folder/broken" # of another cluster's job of this number
 
@@ -213,9 +213,11 @@ requeue() {
         [[ -z $killed ]] || return 0 # cancelled meanwhile
         # the number of an array's last task is that of the whole array: only the form 17_3 means one task
         if answer=$(scontrol requeue "$job" 2>&1); then
-            trap 'exit 0' TERM # SLURM ends this script
-            sleep 300 &
-            wait $! || true
+            trap 'exit 0' TERM # SLURM ends this script, and what it waits for, in this order or the other
+            for _ in {1..60}; do
+                sleep 5 &
+                wait $! || true
+            done
         fi
         say "scontrol requeue: ${answer:-no answer}"
         [[ $answer != *disabled* && $answer != *denied* ]] || break

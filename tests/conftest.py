@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,26 @@ from tests.small import Small, make_small
 # hypothesis asserts times by default; shared machines do not keep them
 settings.register_profile("distkd", deadline=None)
 settings.load_profile("distkd")
+
+
+_SLURM = "tests/slurm/"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a cluster go first: they wait for SLURM more than they compute, and others compute meanwhile."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_SLURM))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes share the tests out, a file stays together, and one of them has the cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _SLURM if nodeid.startswith(_SLURM) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
