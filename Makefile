@@ -9,6 +9,8 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 FAULT_SEED ?= $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
 # ranks share the cores: one thread each
 export OMP_NUM_THREADS ?= 1
+# hundreds of processes of the tests import distkd: compiled once is enough
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test faults check format

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Allocation", "note_job", "read_jobs"]
+from distkd.files import add_event
 
-log = logging.getLogger(__name__)
+__all__ = ["Allocation", "note_job", "read_jobs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +41,7 @@ class Allocation:
 
 def note_job(folder: Path, event: str, **values: Any) -> None:
     """One line more in `jobs.jsonl` of a run folder; a disk that does not take it is no reason to stop."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
-    except OSError as error:
-        log.warning("%s cannot be written: %s; lost: %s", folder / "jobs.jsonl", error.strerror, event)
+    add_event(folder / "jobs.jsonl", event, **values)
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

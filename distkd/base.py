@@ -165,7 +165,8 @@ class StepOutput:
     parts: dict[str, Tensor]
     """Named losses before weighting, detached scalars."""
     gauges: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Other scalars worth a curve, such as `weight/<loss>` and `cosine/<loss>|<loss>`; equal on all ranks."""
+    """Other scalars worth a curve: `weight/<loss>` and `cosine/<loss>|<loss>`, equal on all ranks unless they are the
+    gate's, which like `teacher/task` tell of this rank's samples; their mean over ranks tells of all."""
     rows: tuple[Arriving, ...] = ()
     """What memories are written with after the step, for each pass; the global batch is pass by pass, rank by rank."""
     step: int = 0

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from distkd.train.settings import Settings
 
 __all__ = [
-    "DONE", "config", "doctor", "evaluate", "export", "predict", "report", "say", "shards", "status", "submit", "train",
+    "DONE", "config", "doctor", "evaluate", "export", "predict", "report", "say", "shards", "status", "submit", "top",
+    "train",
 ]  # fmt: skip
 
 DONE = 0
@@ -237,6 +238,13 @@ def status(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     return run(
         arguments.run or [Path("runs")], as_json=arguments.json, every_s=arguments.watch, everything=arguments.all
     )
+
+
+def top(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
+    from distkd.top.run import run
+
+    _no_rest(rest)
+    return run(arguments.run or [Path("runs")], once=arguments.once, as_json=arguments.json, every_s=arguments.interval)
 
 
 def doctor(arguments: argparse.Namespace, rest: list[str], world: World) -> int:

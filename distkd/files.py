@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import Any
 from distkd.errors import DiskError
 
 __all__ = [
-    "DISK_FAULTS", "atomic_folder", "digest", "raise_disk_fault", "read_json", "sync", "write_bytes", "write_json",
-    "write_text",
+    "DISK_FAULTS", "add_event", "atomic_folder", "digest", "raise_disk_fault", "read_json", "sync", "write_bytes",
+    "write_json", "write_text",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 DISK_FAULTS = frozenset(
     (
@@ -58,6 +62,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def add_event(path: Path, event: str, **values: Any) -> None:
+    """One JSON line more, with the time; a disk that does not take it is no reason to stop."""
+    line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        log.warning("%s cannot be written: %s; lost: %s", path, error.strerror, event)
 
 
 @contextmanager

@@ -28,18 +28,6 @@ fail() {
     exit 2
 }
 
-# value_of OPTION "$@": the last value of OPTION in the arguments, `--option value` or `--option=value`
-value_of() {
-    local option=$1 found="" previous="" argument
-    shift
-    for argument in "$@"; do
-        [[ $previous == "$option" ]] && found=$argument
-        [[ $argument == "$option="* ]] && found=${argument#*=}
-        previous=$argument
-    done
-    printf '%s' "$found"
-}
-
 # gpus: CUDA devices that torch may use; torch is asked only where there is a driver
 gpus() {
     if command -v nvidia-smi >/dev/null; then

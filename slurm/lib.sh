@@ -100,6 +100,18 @@ enough_time() {
 a shorter lead: sbatch --signal=B:USR1@SECONDS and DISTKD_LEAD=SECONDS, 60 or more"
 }
 
+# value_of OPTION "$@": the last value of OPTION in the arguments, `--option value` or `--option=value`
+value_of() {
+    local option=$1 found="" previous="" argument
+    shift
+    for argument in "$@"; do
+        [[ $previous == "$option" ]] && found=$argument
+        [[ $argument == "$option="* ]] && found=${argument#*=}
+        previous=$argument
+    done
+    printf '%s' "$found"
+}
+
 # begin "$@": everything that the ranks need, in the environment; the job's folder; the traps
 begin() {
     local nodes root word

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 from distkd.base import World
 from distkd.data.make import make_shards
 from distkd.train.loop import train
+from tests.launch.runs import Finish, finisher
 from tests.laws.common import law_config, settings_of
 from tests.pool import JOB_TIMEOUT_S, SIZES, Pool, Ranks
 from tests.small import Small, make_small
@@ -21,12 +23,17 @@ settings.register_profile("distkd", deadline=None)
 settings.load_profile("distkd")
 
 
-_SLURM = "tests/slurm/"
+_CLUSTER = "pytest.mark.slurm"
+"""In every file whose tests share the cluster."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on a cluster go first: they wait for SLURM more than they compute, and others compute meanwhile."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_SLURM))
+    """Tests on a cluster go first: they wait for SLURM more than they compute, and others compute meanwhile.
+
+    Then come files with slow tests, so that no process begins with one when the others have nothing left to do.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not item.get_closest_marker("slurm"), item.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -34,9 +41,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where several processes share the tests out, a file stays together, and one of them has the cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
+    @cache
+    def scope(file: str) -> str:
+        return _CLUSTER if _CLUSTER in (config.rootpath / file).read_text(encoding="utf-8") else file
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _SLURM if nodeid.startswith(_SLURM) else nodeid.partition("::")[0]
+            return scope(nodeid.partition("::")[0])
 
     return ByFile(config, log)
 
@@ -47,6 +58,12 @@ def rank_pool() -> Iterator[Pool]:
     yield pool
     pool.close()
     pool.folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def finish(rank_pool: Pool) -> Finish:
+    """`finish(config, root, ranks)` trains the run below the root to its end, without a launcher; its folder."""
+    return finisher(rank_pool)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from distkd import __version__, cli, config
+from distkd.arguments import parser
 from distkd.base import World
 from distkd.cli import DONE, INTERNAL, INTERRUPTED, USER, main
 from distkd.errors import ConfigError, DataError, DivergedError, Interrupted, LostRankError
@@ -31,7 +32,7 @@ from tests.data.toy import write_toy
 from tests.small import Small
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-COMMANDS = ("train", "submit", "status", "eval", "predict", "export", "report", "shards", "config", "doctor")
+COMMANDS = ("train", "submit", "status", "top", "eval", "predict", "export", "report", "shards", "config", "doctor")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -62,11 +63,11 @@ def test_every_command_explains_itself_and_its_options(command: str, capsys: Cap
 
 
 def test_no_argument_is_left_unexplained():
-    [commands] = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    [commands] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
     bare = {
         f"{name} {action.dest}"
-        for name, parser in commands.choices.items()
-        for action in parser._actions
+        for name, of_command in commands.choices.items()
+        for action in of_command._actions
         if not action.help
     }
     assert bare == set()
@@ -195,7 +196,7 @@ def test_debug_shows_where_an_error_comes_from(argv: list[str], monkeypatch: pyt
     assert text.endswith("distkd: config is wrong\n")
 
 
-@pytest.mark.parametrize("command", ["predict", "export", "report", "shards", "doctor"])
+@pytest.mark.parametrize("command", ["predict", "export", "report", "shards", "doctor", "top"])
 def test_a_command_without_a_config_takes_no_override(command: str, capsys: Capture):
     arguments = {"predict": ["a", "b", "--output", "c"], "shards": ["info", "a"], "doctor": []}.get(command, ["a"])
     assert main([command, *arguments, "--run.seed", "3"]) == USER

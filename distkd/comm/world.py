@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import time
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -38,10 +39,11 @@ __all__ = [
     "failure",
     "gather_objects",
     "init",
+    "moved_bytes",
+    "observed",
     "reduce_scatter_rows",
     "shutdown",
     "start_all_gather_rows",
-    "waited_s",
 ]
 
 T = TypeVar("T")
@@ -52,12 +54,21 @@ DISAGREEMENT = "mismatch between collectives"
 counts: Counter[str] = Counter()
 """Collectives of this process by name, since it started."""
 
-_waited = [0.0]
+moved_bytes: Counter[str] = Counter()
+"""Bytes of tensors that this process handed to collectives by name, since it started."""
+
+_observer: list[tuple[int, Callable[[], AbstractContextManager[None]]]] = []
 
 
-def waited_s() -> float:
-    """Host seconds of this process in collectives, since it started; on CUDA these are launches."""
-    return _waited[0]
+@contextmanager
+def observed(around: Callable[[], AbstractContextManager[None]]) -> Generator[None]:
+    """Inside, every collective of this thread runs in a context that `around` makes; those of other threads do not."""
+    before = _observer[:]
+    _observer[:] = [(threading.get_ident(), around)]
+    try:
+        yield
+    finally:
+        _observer[:] = before
 
 
 _record: list[Path] = []
@@ -159,32 +170,38 @@ def _dumped(world: World) -> str:
     return f"; its last collectives are in {path}{reader}"
 
 
-def _guard(name: str, world: World, call: Callable[[], T]) -> T:
+def _guard(name: str, world: World, call: Callable[[], T], handed: Tensor | None = None) -> T:
     counts[name] += 1
+    if handed is not None:
+        moved_bytes[name] += handed.nbytes
     return _meet(name, world, call)
 
 
 def _meet(name: str, world: World, call: Callable[[], T]) -> T:
-    start = time.perf_counter()
     try:
-        return call()
+        with _observing():
+            return call()
     except (RuntimeError, dist.DistError) as error:
         raise failure(f"collective {name!r} number {counts[name]}", error, world) from error
-    finally:
-        _waited[0] += time.perf_counter() - start
+
+
+def _observing() -> AbstractContextManager[None]:
+    if _observer and _observer[0][0] == threading.get_ident():
+        return _observer[0][1]()
+    return nullcontext()
 
 
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """Sum over ranks, in place; returns the tensor."""
     if world.size > 1:
-        _guard("all_reduce_sum", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.SUM))
+        _guard("all_reduce_sum", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.SUM), tensor)
     return tensor
 
 
 def all_reduce_max(tensor: Tensor, world: World) -> Tensor:
     """Largest over ranks, in place; returns the tensor."""
     if world.size > 1:
-        _guard("all_reduce_max", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX))
+        _guard("all_reduce_max", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX), tensor)
     return tensor
 
 
@@ -194,7 +211,7 @@ def all_gather_rows(tensor: Tensor, world: World) -> Tensor:
         return tensor.detach()
     rows = tensor.detach().contiguous()
     gathered = rows.new_empty(rows.shape[0] * world.size, *rows.shape[1:])
-    _guard("all_gather_rows", world, lambda: dist.all_gather_single(gathered, rows))
+    _guard("all_gather_rows", world, lambda: dist.all_gather_single(gathered, rows), rows)
     return gathered
 
 
@@ -211,7 +228,7 @@ def start_all_gather_rows(tensor: Tensor, world: World) -> Callable[[], Tensor]:
     def start() -> dist.Work:
         return cast(dist.Work, dist.all_gather_single(gathered, rows, async_op=True))
 
-    work = _guard("all_gather_rows", world, start)
+    work = _guard("all_gather_rows", world, start, rows)
 
     def arrived() -> Tensor:
         _meet("all_gather_rows", world, work.wait)
@@ -226,7 +243,7 @@ def reduce_scatter_rows(tensor: Tensor, world: World) -> Tensor:
         return tensor.detach()
     rows = tensor.detach().contiguous()
     own = rows.new_empty(rows.shape[0] // world.size, *rows.shape[1:])
-    _guard("reduce_scatter_rows", world, lambda: dist.reduce_scatter_single(own, rows, dist.ReduceOp.SUM))
+    _guard("reduce_scatter_rows", world, lambda: dist.reduce_scatter_single(own, rows, dist.ReduceOp.SUM), rows)
     return own
 
 

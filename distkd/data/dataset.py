@@ -153,6 +153,11 @@ class Dataset:
             "labelled": int((self.train_label_N != UNLABELLED).sum()),
         }
 
+    @property
+    def failures(self) -> int:
+        """How often this process failed to read a sample or to fetch a shard, repeated attempts included."""
+        return self.unreadable.failures + self.shard_set.failures
+
     def batch(
         self,
         samples: Sequence[int] | np.ndarray,

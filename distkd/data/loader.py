@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from distkd.data.plan import Plan, eval_positions
 from distkd.data.remote.stream import StreamReader, StreamSource, eval_stream, numbers_at
 from distkd.data.stream_plan import StreamPlan
 
-__all__ = ["batches_of_step", "eval_batches", "train_batches"]
+__all__ = ["Backlog", "batches_of_step", "eval_batches", "train_batches"]
 
 T = TypeVar("T")
 
@@ -24,8 +24,23 @@ _AHEAD = 2
 """Items that wait ready; each is all passes of a step."""
 
 
+class Backlog:
+    """How many steps lie ready, for whoever watches; None where nothing is prepared ahead."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Any] | None = None
+
+    def __call__(self) -> int | None:
+        return None if self.queue is None else self.queue.qsize()
+
+
 def train_batches(
-    dataset: Dataset, plan: Plan | StreamPlan, world: World, passes: int, start_step: int = 0
+    dataset: Dataset,
+    plan: Plan | StreamPlan,
+    world: World,
+    passes: int,
+    start_step: int = 0,
+    backlog: Backlog | None = None,
 ) -> Generator[tuple[int, list[Batch]], None, None]:
     """(step, batches of its passes) of this rank, from `start_step` to the end of the run.
 
@@ -37,7 +52,7 @@ def train_batches(
         for step, parts in order.steps(start_step):
             yield step, order.batches(step, parts)
 
-    return _ahead(make, threaded=dataset.config.threads > 0)
+    return _ahead(make, threaded=dataset.config.threads > 0, backlog=backlog)
 
 
 def batches_of_step(dataset: Dataset, plan: Plan | StreamPlan, world: World, passes: int, step: int) -> list[Batch]:
@@ -122,11 +137,15 @@ class _End:
         self.error = error
 
 
-def _ahead(make: Callable[[], Iterable[T]], *, threaded: bool) -> Generator[T, None, None]:
+def _ahead(
+    make: Callable[[], Iterable[T]], *, threaded: bool, backlog: Backlog | None = None
+) -> Generator[T, None, None]:
     if not threaded:
         yield from make()
         return
     ready: queue.Queue[T | _End] = queue.Queue(maxsize=_AHEAD)
+    if backlog is not None:
+        backlog.queue = ready
     closed = threading.Event()
 
     def put(item: T | _End) -> bool:

@@ -70,6 +70,11 @@ class ShardSet:
         """Where it lies, for people."""
         return str(self.folder)
 
+    @property
+    def failures(self) -> int:
+        """Transfers of shards that failed in this process; none where they lie on a disk."""
+        return 0
+
     def read(self, sample: int, modalities: Iterable[str]) -> dict[str, np.ndarray]:
         """Decoded values of one sample, read-only; a modality that it lacks is absent.
 

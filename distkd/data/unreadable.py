@@ -30,6 +30,8 @@ class Unreadable:
     def __init__(self, on_error: OnError, n_samples: int, share: float):
         self.replaced = 0
         """How many samples of training batches that this process made were replaced by others."""
+        self.failures = 0
+        """How often this process failed to read a sample, the same one again included."""
         self.everywhere: set[int] = set()
         """Those that all ranks have told each other of, also in earlier attempts."""
         self._on_error: OnError = on_error
@@ -48,6 +50,7 @@ class Unreadable:
         Raises:
             SampleError: it, where the run is to stop.
         """
+        self.failures += 1
         if self._on_error == "fail":
             raise error
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from distkd.base import World
+from distkd.engines.compiler import postpone_compiler
 from distkd.engines.ddp import DDPEngine
 from distkd.engines.optimizer import under
 from distkd.engines.protocol import Engine, EngineConfig, Entry, OptimConfig, Update
@@ -27,4 +28,6 @@ def make_engine(
         from distkd.engines.fsdp import FSDPEngine
 
         return FSDPEngine(optim, world, device=device, autocast=autocast, skip=skip)
+    if not config.compile:
+        postpone_compiler()
     return DDPEngine(optim, world, device=device, autocast=autocast, skip=skip, compile=config.compile)

@@ -159,6 +159,11 @@ class DDPEngine:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def traffic(self, passes: int) -> dict[str, int]:
+        """Every gradient, once a step however many passes it has."""
+        learning = [p for p in self.trainable.parameters() if p.requires_grad]
+        return {"gradients": sum(p.nbytes for p in learning)} if self.world.size > 1 else {}
+
     def whole(self) -> AbstractContextManager[None]:
         """Weights are whole at any time."""
         return nullcontext()

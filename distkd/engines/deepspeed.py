@@ -204,6 +204,20 @@ class DeepSpeedEngine:
         self.engine.zero_grad()
         return Update(norm, applied)
 
+    def traffic(self, passes: int) -> dict[str, int]:
+        """Gradients once a step, at stages 2 and 3 in every pass; a rank's part of the weights after each update, and
+        at stage 3 before each forward and each backward of what is spread."""
+        if self.world.size == 1:
+            return {}
+        learning = [p for p in self.trainable.parameters() if p.requires_grad]
+        sizes = {id(p): getattr(p, "ds_numel", p.numel()) * p.element_size() for p in learning}
+        found = {"gradients": sum(sizes.values()) * (passes if self.stage >= 2 else 1)}
+        if self.stage:
+            spread = {id(p) for p in self.spread} if self.sharded else set[int]()
+            times = {key: 2 * passes if key in spread else 1 for key in sizes}
+            found["weights"] = sum(size * times[key] for key, size in sizes.items()) // self.world.size
+        return found
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """At stage 3 all weights are gathered, and modules run as plain ones; what is written to them is lost.

@@ -165,6 +165,17 @@ class FSDPEngine:
                 (rows if self.names[id(p)] in self.shards else whole).append(p.grad)
         return rows, whole
 
+    def traffic(self, passes: int) -> dict[str, int]:
+        """Gradients of what is spread, once a step; this rank's rows in each pass, before the forward of a unit and,
+        except for the outermost, before its backward."""
+        if not self.sharded:
+            return {}
+        whole = sum(shard.shape.numel() * shard.rows.element_size() for shard in self.shards.values())
+        twice = {p for unit in self.units[:-1] for p in cast(nn.Module, unit).parameters()}
+        rows = {name: shard.rows.nbytes for name, shard in self.shards.items()}
+        again = sum(rows[name] for name, p in self.trainable.named_parameters() if p in twice and name in rows)
+        return {"gradients": whole, "weights": passes * (sum(rows.values()) + again)}
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside, parameters are plain whole tensors, to be read: what is written to the spread ones is lost.

@@ -124,6 +124,14 @@ class Engine(Protocol):
         """One update of the weights at `lr_scale` times each group's rate."""
         ...
 
+    def traffic(self, passes: int) -> dict[str, int]:
+        """Bytes that this rank hands to the collectives of the library below in a step of so many passes.
+
+        By what travels, `gradients` and `weights`, and from their sizes: what goes through `distkd.comm` is counted
+        there.
+        """
+        ...
+
     def whole(self) -> AbstractContextManager[None]:
         """Inside, parameters are whole tensors on every rank, to be read. Collective where `sharded`."""
         ...

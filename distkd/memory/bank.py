@@ -44,6 +44,10 @@ class MemoryBank(Memory):
     rows_ND: Tensor
     norm_N: Tensor
     """Norms of the rows: not 1 before their first update, and rounded where rows are half-precision."""
+    written_N: Tensor
+    """int32, the write that each row was last part of, counted from 1; 0 before its first."""
+    writes: Tensor
+    """int32 scalar, writes so far: one a step that was applied, whatever the passes; also where no row is here."""
     mark: Tensor
     """int64; equal on two ranks that wrote the same bits into the same rows; not kept where rows are sharded."""
     odd_D: Tensor
@@ -61,6 +65,8 @@ class MemoryBank(Memory):
             rows_LD[chunk] = initial_rows(mine[chunk], dim, seed=seed)
         self.register_buffer("rows_ND", rows_LD)
         self.register_buffer("norm_N", _norms(rows_LD), persistent=False)
+        self.register_buffer("written_N", torch.zeros(len(mine), dtype=torch.int32))
+        self.register_buffer("writes", torch.zeros((), dtype=torch.int32))
         self.register_buffer("mark", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("odd_D", mix(torch.arange(dim)) | 1, persistent=False)
 
@@ -83,13 +89,14 @@ class MemoryBank(Memory):
         if embedding_GD.shape[1:] != self.rows_ND.shape[1:]:
             raise ShapeError(f"embeddings have width {embedding_GD.shape[1]}, the bank has {self.rows_ND.shape[1]}")
         check_index(index_G, self.n_rows, "the write of a memory bank")
+        self.writes.add_(1)
         if not len(self.rows_ND):
             return
         embedding_GD = embedding_GD[last_of_equals(index_G) if last_G is None else last_G]
         if self.parts == 1:
             row_GD = self._blend(index_G, embedding_GD, momentum)
             self.mark += _digests(index_G, row_GD, self.odd_D).sum()
-            self._put(index_G, row_GD)
+            self._put(index_G, row_GD, self.writes)
             return
         place_G = index_G.div(self.parts, rounding_mode="floor")
         mine_G = (index_G - place_G * self.parts) == self.part
@@ -103,25 +110,32 @@ class MemoryBank(Memory):
         blend_GD = momentum * old_GD + (1 - momentum) * embedding_GD.to(wide)
         return (blend_GD / blend_GD.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(self.rows_ND.dtype)
 
-    def _put(self, place_G: Tensor, row_GD: Tensor) -> None:
+    def _put(self, place_G: Tensor, row_GD: Tensor, written: Tensor) -> None:
         # equal indices write equal values, so the order of the scatter does not matter
         self.rows_ND[place_G] = row_GD
         self.norm_N[place_G] = row_GD.to(self.norm_N.dtype).norm(dim=1)
+        self.written_N[place_G] = written
 
-    def _instead(self, mine_G: Tensor, place_G: Tensor, row_GD: Tensor) -> tuple[Tensor, Tensor]:
+    def _instead(self, mine_G: Tensor, place_G: Tensor, row_GD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whoever lies elsewhere writes what a sample of this rank writes, or what is there already, once more."""
-        first = mine_G.to(torch.uint8).argmax()
+        # a dimension is kept: an index without one is read by the host
+        first = mine_G.to(torch.uint8).argmax(dim=0, keepdim=True)
         any_mine = mine_G.any()
         place = torch.where(any_mine, place_G[first], 0)
-        row_D = torch.where(any_mine, row_GD[first], self.rows_ND[0])
-        return torch.where(mine_G, place_G, place), torch.where(mine_G[:, None], row_GD, row_D)
+        row_1D = torch.where(any_mine, row_GD[first], self.rows_ND[:1])
+        written = torch.where(any_mine, self.writes, self.written_N[0])
+        return torch.where(mine_G, place_G, place), torch.where(mine_G[:, None], row_GD, row_1D), written
 
     def refresh(self) -> None:
         """Follow rows that were changed from outside."""
         self.norm_N.copy_(_norms(self.rows_ND))
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}rows_ND" in state_dict:
+            # older checkpoints do not tell how old their rows are: as if all had been written at the restart
+            state_dict.setdefault(f"{prefix}written_N", torch.ones_like(self.written_N))
+            state_dict.setdefault(f"{prefix}writes", torch.ones_like(self.writes))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:

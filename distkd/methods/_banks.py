@@ -20,6 +20,8 @@ from distkd.ops.draws import integer_key, text_key
 
 __all__ = ["BankConfig", "Banks"]
 
+_BESIDE_BYTES = 8
+"""Of a row, beside its values: its norm and when it was written."""
 _DTYPES = {"run": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,7 +105,7 @@ def _largest_shares(label_N: Tensor, parts: int) -> tuple[float, float]:
 
 def _check_memory(config: BankConfig, n_rows: int, n_banks: int, dim: int, dtype: torch.dtype, setup: Setup) -> None:
     parts = setup.world.size if config.placement == "sharded" else 1
-    needed = n_banks * -(-n_rows // parts) * (dim * dtype.itemsize + 4)
+    needed = n_banks * -(-n_rows // parts) * (dim * dtype.itemsize + _BESIDE_BYTES)
     allowed = config.memory_share * setup.memory_bytes
     if needed <= allowed:
         return

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from distkd.base import Batch, StepOutput, World
+from distkd.base import Batch, Outputs, StepOutput, World
 from distkd.methods._protocol import ParamGroup
 from distkd.models.build import Classifier
+from distkd.ops.kd import labelled_cross_entropy
 
-__all__ = ["PlainMethod"]
+__all__ = ["PlainMethod", "teacher_gauges"]
 
 
 class PlainMethod:
@@ -36,3 +38,12 @@ class PlainMethod:
     def predict(self, batch: Batch) -> Tensor:
         """Logits (B, C) of the student."""
         return self.student(batch).logits_BC
+
+
+@torch.no_grad()
+def teacher_gauges(teacher: Outputs, batch: Batch, labelled_share: float) -> dict[str, Tensor]:
+    """`teacher/task`: what the student's `task` would be if it answered as the frozen teacher does on this batch.
+
+    Of this rank's samples, as the part is; the teacher is taken as the step has it, in training mode too.
+    """
+    return {"teacher/task": labelled_cross_entropy(teacher.logits_BC, batch.label_B, labelled_share)}

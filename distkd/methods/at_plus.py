@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distkd.base import UNLABELLED, Batch, Forward, Outputs, StepOutput, World
 from distkd.comm.roots import global_roots
 from distkd.errors import ConfigError
-from distkd.methods._plain import PlainMethod
+from distkd.methods._plain import PlainMethod, teacher_gauges
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.models.build import Branch, Classifier
 from distkd.models.norm import SyncBatchNorm
@@ -126,7 +126,8 @@ class ATPlus(PlainMethod):
         for name, part in parts.items():
             if name != "task":
                 loss = loss + weight[name] * part
-        return StepOutput(loss, {name: part.detach() for name, part in parts.items()}, step=batch.step)
+        gauges = teacher_gauges(teacher, batch, self.labelled_share)
+        return StepOutput(loss, {name: part.detach() for name, part in parts.items()}, gauges, step=batch.step)
 
     def _squares(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, int]]:
         """Sums of squares whose roots are losses, and of how many values each."""

@@ -18,6 +18,7 @@ from distkd.base import Batch, Forward, StepOutput, World
 from distkd.memory.candidates import Candidates
 from distkd.memory.contrast import Choice
 from distkd.methods._banks import BankConfig, Banks
+from distkd.methods._plain import teacher_gauges
 from distkd.methods._projected import ProjectedMethod
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.ops.draws import fold_in
@@ -84,7 +85,8 @@ class CRD(ProjectedMethod):
             parts["kl_teacher"] = kl_at_temperature(student.logits_BC, teacher.logits_BC, c.temperature)
             loss = loss + c.alpha * parts["kl_teacher"]
         detached = {name: part.detach() for name, part in parts.items()}
-        return StepOutput(loss, detached, rows=(arriving,), step=batch.step)
+        gauges = teacher_gauges(teacher, batch, self.labelled_share)
+        return StepOutput(loss, detached, gauges, (arriving,), step=batch.step)
 
     def after_step(self, out: StepOutput, world: World) -> None:
         self.banks.after_step(out, world)

@@ -22,7 +22,7 @@ from distkd.memory.candidates import Candidates
 from distkd.memory.contrast import choose
 from distkd.methods._agreement import AgreementConfig, GKRefine, make_rule
 from distkd.methods._banks import BankConfig, Banks
-from distkd.methods._plain import PlainMethod
+from distkd.methods._plain import PlainMethod, teacher_gauges
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.models.build import Classifier
 from distkd.models.ema import MeanTeacher
@@ -168,6 +168,7 @@ class DCDistill(PlainMethod):
                 world=world,
             )
             loss, gauges = agreement.loss, agreement.gauges()
+        gauges |= teacher_gauges(teacher, batch, self.labelled_share)
         parts = {"task": task.detach(), **{name: part.detach() for name, part in distillation.items()}}
         return StepOutput(loss, parts, gauges, (rows,), step=batch.step)
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from distkd.base import Batch, Forward, StepOutput, World
-from distkd.methods._plain import PlainMethod
+from distkd.methods._plain import PlainMethod, teacher_gauges
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
 
@@ -46,7 +46,8 @@ class LogitKD(PlainMethod):
             "kl_teacher": kl_at_temperature(student.logits_BC, teacher.logits_BC, self.config.temperature),
         }
         loss = parts["task"] + self.config.alpha * parts["kl_teacher"]
-        return StepOutput(loss, {name: part.detach() for name, part in parts.items()}, step=batch.step)
+        gauges = teacher_gauges(teacher, batch, self.labelled_share)
+        return StepOutput(loss, {name: part.detach() for name, part in parts.items()}, gauges, step=batch.step)
 
 
 def build(config: Config, setup: Setup) -> LogitKD:

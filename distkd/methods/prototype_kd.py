@@ -19,6 +19,7 @@ from distkd.base import Batch, Forward, StepOutput, World
 from distkd.comm.packed import start_gather
 from distkd.errors import ConfigError
 from distkd.memory.prototypes import Prototypes
+from distkd.methods._plain import teacher_gauges
 from distkd.methods._projected import ProjectedMethod
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
@@ -100,7 +101,8 @@ class PrototypeKD(ProjectedMethod):
             + c.teacher_beta * parts["margin_teacher"]
         )
         detached = {name: part.detach() for name, part in parts.items()}
-        gauges = {"prototypes/known": known_CM.to(teacher_BD.dtype).mean()}
+        gauges = teacher_gauges(teacher, batch, self.labelled_share)
+        gauges["prototypes/known"] = known_CM.to(teacher_BD.dtype).mean()
         return StepOutput(loss, detached, gauges, (arriving,), step=batch.step)
 
     def after_step(self, out: StepOutput, world: World) -> None:

@@ -17,6 +17,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from distkd.base import Batch, Forward, StepOutput, World
 from distkd.comm.packed import start_gather
 from distkd.memory.queue import Queue
+from distkd.methods._plain import teacher_gauges
 from distkd.methods._projected import ProjectedMethod
 from distkd.methods._protocol import MethodConfig, Setup
 from distkd.ops.kd import kl_at_temperature, labelled_cross_entropy
@@ -80,7 +81,9 @@ class RRD(ProjectedMethod):
         }
         loss = parts["task"] + c.alpha * parts["kl_teacher"] + c.beta * parts["relation"]
         detached = {name: part.detach() for name, part in parts.items()}
-        return StepOutput(loss, detached, {"queue/filled": filled / c.queue_length}, (arriving,), step=batch.step)
+        gauges = teacher_gauges(teacher, batch, self.labelled_share)
+        gauges["queue/filled"] = filled / c.queue_length
+        return StepOutput(loss, detached, gauges, (arriving,), step=batch.step)
 
     def after_step(self, out: StepOutput, world: World) -> None:
         for arriving in out.rows:

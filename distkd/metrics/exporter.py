@@ -1,7 +1,7 @@
 """Numbers of a training that runs, for Prometheus: each rank serves its own over HTTP and announces where.
 
-A rank publishes at its logging steps what the host knows then; nothing here waits for the device or for another rank.
-A scrape is answered by a thread of its own from the last numbers published, and never holds up a step.
+The trainer writes into its ledger and never waits for what is done here: snapshots, files and scrapes have threads of
+their own. Short jobs, and machines that may open no port, hand their values to a node_exporter instead.
 """
 
 from __future__ import annotations
@@ -9,105 +9,41 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import socketserver
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-from prometheus_client import CollectorRegistry, MetricsHandler
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
-from pydantic import Field
 
 from distkd.allocation import Allocation
-from distkd.base import StrictConfig, World
+from distkd.base import World
+from distkd.errors import ConfigError
 from distkd.metrics import targets
+from distkd.metrics.keeper import Keeper, Textfile, counters_file
+from distkd.metrics.ledger import Ledger
+from distkd.metrics.server import ScrapeServer, read_password, tls_context
+from distkd.metrics.settings import MetricsConfig
 
-__all__ = [
-    "EXPORTED", "Exporter", "MetricsConfig", "Values", "device_labels", "node_address", "node_labels", "start_exporter",
-]  # fmt: skip
+__all__ = ["Exporter", "MetricsConfig", "device_labels", "node_address", "node_labels", "start_exporter"]
 
 log = logging.getLogger(__name__)
 
-_SCRAPE_TIMEOUT_S = 10.0
-"""How long a connection may say nothing; otherwise each silent one would keep a thread."""
-_POLL_S = 0.2
-"""How long the end of a run may wait for the server's loop."""
 
-
-class MetricsConfig(StrictConfig):
-    """Numbers of a running training for Prometheus, see docs/monitoring.md."""
-
-    export: Literal["off", "local", "network"] = "off"
-    """`local` answers to this machine alone, `network` at the address under which other machines know this one;
-    whoever reaches that may read the numbers."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the first rank of a machine, the others take the next ones; 0 takes any free ones. The target file says
-    which."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Metric:
-    name: str
-    kind: Literal["gauge", "counter"]
-    help: str
-    label: str | None = None
-    """Its only label, where it has one."""
-
-
-EXPORTED = (
-    _Metric("distkd_train_step", "gauge", "Optimizer steps of the run, as of the last logging step."),
-    _Metric("distkd_steps_total", "counter", "Optimizer steps of the run, equal on all ranks, kept over restarts."),
-    _Metric(
-        "distkd_samples_total", "counter", "Samples of all ranks together, equal on all ranks, kept over restarts."
-    ),
-    _Metric("distkd_loss", "gauge", "Mean over ranks and steps since the last logging step, unweighted parts.", "part"),
-    _Metric("distkd_grad_norm", "gauge", "Norm of the gradient, mean over steps since the last logging step."),
-    _Metric("distkd_lr", "gauge", "Learning rate of the last step."),
-    _Metric("distkd_last_step_timestamp_seconds", "gauge", "When the last logging step of this attempt ended."),
-    _Metric("distkd_restarts", "gauge", "Attempts of the run before this one."),
-)
-"""All that is exported, beside `distkd_rank_info`. What tells ranks apart (run, rank, node) is in the target file."""
-
-_FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
-
-Values = float | Mapping[str, float] | None
-"""What a name of `EXPORTED` stands at: a number, or one for each value of its label; None is not exported."""
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    """Not `http.server.HTTPServer`, which asks for the host's full name when it binds and may wait long for that."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 16
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that hangs up in mid-answer is no news."""
-        log.debug("scrape by %s failed", client_address, exc_info=True)
-
-
-class _Handler(MetricsHandler):
-    timeout = _SCRAPE_TIMEOUT_S
-
-
-class Exporter(Collector):
-    """Serves this rank's last values until it is closed.
+class Exporter:
+    """Serves this rank's ledger until it is closed; the counters of earlier attempts are in it from here on.
 
     Args:
-        config: `export` is not `off`.
-        run: the run folder, where the target is announced.
+        config: `export` is not `off`, or there is a `textfile`.
+        run: the run folder, where the target is announced and the counters are kept.
         world: this rank; its local rank is added to a fixed port.
+        ledger: what the trainer knows.
         labels: of the target, beside its rank.
+        attempt: of the run, to clear up by; no label.
         info: label values of `distkd_rank_info`.
-        values: by name of `EXPORTED`, what is known before the first logging step.
 
     Raises:
         OSError: the port is taken, or the target cannot be announced; nothing is left behind.
         OverflowError: port and local rank exceed 65535.
+        ConfigError: a file of the password or of TLS is not as it has to be.
     """
 
     def __init__(
@@ -116,56 +52,64 @@ class Exporter(Collector):
         run: Path,
         world: World,
         *,
+        ledger: Ledger,
         labels: Mapping[str, str],
         info: Mapping[str, str],
-        values: Mapping[str, Values],
+        attempt: int | None = None,
     ):
-        self._info, self._values = info, values
-        registry = CollectorRegistry()
-        registry.register(self)
+        self.address = ""
+        """`host:port` as announced; empty without a server."""
+        self._linger_s = config.linger_s
+        self._place, self._attempt = (run, world.rank), attempt
+        # whatever may fail comes before the ledger is touched
+        self._server = None if config.export == "off" else self._listen(config, world, labels)
+        textfile = None if config.textfile is None else Textfile(config.textfile, world, labels)
+        self._keeper = Keeper(ledger, counters_file(run, world.rank), world, info=info, textfile=textfile)
+        if self._server is not None:
+            self._server.serve(lambda: self._keeper.page)
+
+    def _listen(self, config: MetricsConfig, world: World, labels: Mapping[str, str]) -> ScrapeServer:
+        tls = None if config.tls_cert is None else tls_context(config.tls_cert, config.tls_key)
+        password = None if config.password_file is None else read_password(config.password_file)
         address, announced = ("127.0.0.1",) * 2 if config.export == "local" else node_address()
         port = config.port + world.local_rank if config.port else 0
-        self._server = _Server((address, port), _Handler.factory(registry))
-        self.address = f"{announced}:{self._server.server_address[1]}"
-        serve = {"poll_interval": _POLL_S}
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs=serve, name="metrics", daemon=True)
-        self._thread.start()
-        self._place = run, world.rank
+        server = ScrapeServer((address, port), tls=tls, password=password)
+        self.address = f"{announced}:{server.server_address[1]}"
+        scheme = {} if tls is None else {"__scheme__": "https"}  # of what Prometheus calls, no label
         try:
-            targets.write(run, world.rank, self.address, labels)
+            targets.write(*self._place, self.address, {**labels, **scheme}, attempt=self._attempt)
         except OSError:
-            self.close()
+            self._withdraw()
+            server.close()
             raise
+        return server
 
-    def update(self, values: Mapping[str, Values]) -> None:
-        """Replace all values at once; a scrape sees the old or the new ones."""
-        self._values = values
+    def refresh(self) -> None:
+        """Serve what the ledger says now, without waiting for the next turn; waits for the disk, so not in a step."""
+        self._keeper.refresh()
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """What a scrape is answered with; called on the thread of the scrape."""
-        values = self._values
-        for metric in EXPORTED:
-            value = values.get(metric.name)
-            if value is None:
-                continue
-            by_label = value if isinstance(value, Mapping) else {"": value}
-            family = _FAMILIES[metric.kind](metric.name, metric.help, labels=[metric.label] if metric.label else [])
-            for label, number in by_label.items():
-                family.add_metric([label] if metric.label else [], number)
-            yield family
-        about = GaugeMetricFamily("distkd_rank_info", "What this rank runs on.", labels=list(self._info))
-        about.add_metric(list(self._info.values()), 1)
-        yield about
+    def close(self, *, last: bool) -> None:
+        """Withdraw the target and let the port go; a disk that does not take it is no reason to stop.
 
-    def close(self) -> None:
-        """Withdraw the target and let the port go; a disk that does not take it is no reason to stop."""
+        Args:
+            last: the run has ended for good, on all ranks: who has scraped it may do so once more, so that its last
+                values are seen.
+        """
+        try:
+            if last and self._server is not None and self._server.was_scraped:
+                self._keeper.close()
+                self._server.wait_for_scrape(self._linger_s)
+        finally:
+            self._withdraw()  # first: whoever is slow to end may be killed on the way
+            self._keeper.close()
+            if self._server is not None:
+                self._server.close()
+
+    def _withdraw(self) -> None:
         try:
             targets.remove_own(*self._place)
         except OSError as error:
             log.warning("%s cannot be removed: %s", error.filename, error.strerror)
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def start_exporter(
@@ -173,22 +117,29 @@ def start_exporter(
     run: Path,
     world: World,
     *,
+    ledger: Ledger,
     labels: Mapping[str, str],
     info: Mapping[str, str],
-    values: Mapping[str, Values],
+    attempt: int | None = None,
 ) -> Exporter | None:
-    """An exporter as asked for. None where it is off, and where it fails: this rank says so once and trains on."""
-    if config.export == "off":
+    """An exporter as asked for. None where it is off, and where it fails: this rank says so once and trains on.
+
+    Where only the server fails, a `textfile` still gets its values.
+    """
+    if config.export == "off" and config.textfile is None:
         return None
     try:
-        return Exporter(config, run, world, labels=labels, info=info, values=values)
-    except (OSError, OverflowError) as error:
+        return Exporter(config, run, world, ledger=ledger, labels=labels, info=info, attempt=attempt)
+    except (OSError, OverflowError, ConfigError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if config.port:
+        if config.port and not isinstance(error, ConfigError):
             reason += f" (port {config.port + world.local_rank}); --metrics.port 0 takes a free one"
         # as an error, since ranks other than the main one are heard with nothing less
         log.error("rank %d trains on without metrics.export=%s: %s", world.rank, config.export, reason)
-        return None
+        if config.textfile is None:
+            return None
+        alone = config.model_copy(update={"export": "off"})
+        return start_exporter(alone, run, world, ledger=ledger, labels=labels, info=info, attempt=attempt)
 
 
 def device_labels(device: torch.device) -> dict[str, str]:

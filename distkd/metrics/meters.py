@@ -1,4 +1,4 @@
-"""What a step measures, kept on the device until a logging step asks: means over steps and ranks, and host time.
+"""What a step measures, kept on the device until a logging step asks: means over steps and ranks, and time by phase.
 
 `Meter.reduce` is the one place where the host waits, for one packed all-reduce.
 """
@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distkd.base import World
 from distkd.comm.world import all_reduce_sum
+from distkd.metrics.table import PHASES
 
-__all__ = ["PHASES", "Meter", "Reduced", "Stopwatch"]
-
-PHASES = ("data", "forward", "backward", "collective", "optimizer", "checkpoint")
+__all__ = ["CudaTimeline", "HostTimeline", "Laps", "Meter", "Reduced", "Stopwatch", "Timeline"]
 
 # the packed vector is padded to a multiple of this, so that ranks with other names still meet in one collective
 # of one shape, where the digest tells
@@ -71,24 +72,22 @@ class Meter:
             flag: summed over ranks along the way, for example 1 on a rank that was asked to stop.
             own: this rank's numbers, as many on every rank, which every rank gets to see.
         """
-        counts = Counter(name for step in self._steps for name in step)
-        names = sorted(counts)
+        alike = self._alike()
+        names = [name for group, _ in alike for name in group]
+        counts = [float(len(steps)) for group, steps in alike for _ in group]
         digest = zlib.crc32("\n".join(names).encode()) & ((1 << _DIGEST_BITS) - 1)
         seen = [0.0] * (world.size * len(own))
         seen[world.rank * len(own) : (world.rank + 1) * len(own)] = own
-        head = [float(flag), float(digest), float(digest**2), *seen, *(float(counts[name]) for name in names)]
+        head = [float(flag), float(digest), float(digest**2), *seen, *counts]
         padding = [0.0] * (-(len(head) + len(names)) % _SLOTS)
         packed = torch.tensor(head + padding, dtype=torch.float64).to(self.device, non_blocking=True)
-        if names:
-            packed = torch.cat([packed, self._sums(names)])
+        packed = torch.cat([packed, *(_sums(group, steps, self.device) for group, steps in alike)])
         values: list[float] = all_reduce_sum(packed, world).tolist()  # the host waits here
         # equal on all ranks exactly when the digests have no variance; whole numbers below 2**53, so exact
         one, squares = int(values[1]), int(values[2])
         assert world.size * squares == one**2, f"rank {world.rank} measures {names}, another rank measures other names"
         first = 3 + len(seen)
-        totals = values[len(values) - len(names) :]
-        together = values[first : first + len(names)]
-        means = {name: total / count for name, total, count in zip(names, totals, together, strict=True)}
+        means = _means(names, values[len(values) - len(names) :], values[first : first + len(names)])
         self._steps.clear()
         by_rank = [values[3 + rank * len(own) : 3 + (rank + 1) * len(own)] for rank in range(world.size)]
         return Reduced(means, int(values[0]), by_rank)
@@ -102,71 +101,174 @@ class Meter:
         for step in pending:
             self.add({name: torch.tensor(value, dtype=torch.float64) for name, value in step.items()})
 
-    def _sums(self, names: Sequence[str]) -> Tensor:
-        """Sum over the steps of each name, float64; a handful of kernels however many names there are."""
-        if all(len(step) == len(names) for step in self._steps):
-            flat = [step[name] for step in self._steps for name in names]
-            return _stacked(flat, self.device).view(len(self._steps), len(names)).sum(dim=0)
-        sums = [_stacked([step[name] for step in self._steps if name in step], self.device).sum() for name in names]
-        return torch.stack(sums)
+    def _alike(self) -> list[tuple[list[str], list[Mapping[str, Tensor]]]]:
+        """Names that occur together in one floating type, with the steps that have them; in one order on all ranks."""
+        as_added: dict[tuple[str, ...], tuple[str, ...]] = {}
+        by_names: dict[tuple[str, ...], list[Mapping[str, Tensor]]] = {}
+        for step in self._steps:
+            key = tuple(step)
+            names = as_added.get(key) or as_added.setdefault(key, tuple(sorted(key)))
+            by_names.setdefault(names, []).append(step)
+        found: list[tuple[list[str], list[Mapping[str, Tensor]]]] = []
+        for names, steps in sorted(by_names.items()):
+            by_type: dict[torch.dtype, list[str]] = {}
+            for name in names:
+                by_type.setdefault(steps[0][name].dtype, []).append(name)
+            found += [(by_type[dtype], steps) for dtype in sorted(by_type, key=str)]
+        return found
+
+
+def _means(names: Sequence[str], totals: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """Mean by name, in order; a name may come with several totals."""
+    sums: dict[str, float] = {}
+    together: dict[str, float] = {}
+    for name, total, count in zip(names, totals, counts, strict=True):
+        sums[name] = sums.get(name, 0.0) + total
+        together[name] = together.get(name, 0.0) + count
+    return {name: sums[name] / together[name] for name in sorted(sums)}
 
 
 @torch.no_grad()
-def _stacked(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
-    """As float64, whatever they are: converted at once and not one by one."""
-    here = [scalar if scalar.device == device else scalar.to(device) for scalar in scalars]
-    return torch.stack(here).double()
+def _sums(names: Sequence[str], steps: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor:
+    """Sum of each name over steps that all have them, float64; a handful of kernels however many there are."""
+    flat = [step[name] for step in steps for name in names]
+    if device.type != "cpu":
+        flat = [scalar if scalar.is_cuda else scalar.to(device) for scalar in flat]
+    return torch.stack(flat).double().view(len(steps), len(names)).sum(dim=0)
+
+
+class Timeline(Protocol):
+    """Moments, and the seconds between two of them."""
+
+    gapless: bool
+    """Whether what lies between two phases is counted with the first of them, to save a mark."""
+
+    def mark(self) -> Any:
+        """This moment; nobody waits for it to come."""
+        ...
+
+    def seconds(self, start: Any, end: Any) -> float | None:
+        """Between two marks; None while the second lies ahead."""
+        ...
+
+
+class HostTimeline:
+    """What a clock of the host says."""
+
+    gapless = False
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.mark = clock
+
+    def seconds(self, start: float, end: float) -> float | None:
+        return end - start
+
+
+class CudaTimeline:
+    """When the current stream of a device reaches a place, which the host may have passed long before.
+
+    Marks are events of CUDA. They are recorded and asked, never waited for.
+    """
+
+    gapless = True
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return start.elapsed_time(end) / 1000 if end.query() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Laps:
+    """Steps between two readings."""
+
+    n: int
+    """How many of them are known; on the device's timeline fewer or more than the host has left behind."""
+    seconds: dict[str, float]
+    """Of all of them together by phase that ran, in the order of `PHASES`."""
 
 
 class Stopwatch:
-    """Host seconds by phase since the last reading; no device sync, so a phase shows launches, not kernels.
+    """Seconds of each step by phase, as they pass on a timeline.
 
-    A phase inside another takes its time from it: the sum never exceeds the wall clock.
+    A phase inside another takes its time from it, so the sum of a step never exceeds what it took. On the device's
+    timeline a step is known a little after the host has left it.
 
     Args:
-        clock: seconds, rising.
-        waited: seconds in collectives so far, on the same clock; they are taken from the phase that they happen in
-            and counted as `collective`, so that what is left is this rank's own work.
+        timeline: the host's by default.
+        on_lap: is given every step's seconds by phase once they are known, in order, on the thread of the steps.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, waited: Callable[[], float] = lambda: 0.0):
-        self._clock = clock
-        self._waited = waited
-        self._waited_since = waited()
+    def __init__(self, timeline: Timeline | None = None, on_lap: Callable[[dict[str, float]], None] | None = None):
+        self._timeline = HostTimeline() if timeline is None else timeline
+        self._on_lap = on_lap
         self._phases = {name: _Phase(self, name) for name in PHASES}
-        self._seconds: dict[str, float] = {}
+        self._in_no_phase = nullcontext()
         self._open: list[str] = []
-        self._since = 0.0
+        self._turns: list[tuple[Any, str | None]] = []
+        """Of this step: marks, and the phase that begins at each."""
+        self._laps: deque[list[tuple[Any, str | None]]] = deque()
+        """Steps that lie behind the host and perhaps ahead of the device."""
+        self._n, self._sums = 0, dict[str, float]()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Around what is charged to a phase of `PHASES`."""
         assert name in PHASES, f"phase {name!r} is not one of {PHASES}"
         return self._phases[name]
 
-    def read(self) -> dict[str, float]:
-        """Seconds of each phase that ran, in the order of `PHASES`; starts afresh."""
-        self._charge()
-        seconds = {name: self._seconds[name] for name in PHASES if name in self._seconds}
-        self._seconds = {}
-        return seconds
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a collective: time of no phase if none is open, as during an evaluation."""
+        return self._phases["collective"] if self._open else self._in_no_phase
+
+    def lap(self) -> None:
+        """A step has ended; no phase is open."""
+        assert not self._open, self._open
+        if self._turns:
+            if self._timeline.gapless:
+                self._turn(None)
+            self._laps.append(self._turns)
+            self._turns = []
+        self._settle()
+
+    def read(self) -> Laps:
+        """The steps known since the last reading."""
+        self._settle()
+        laps = Laps(self._n, {name: self._sums[name] for name in PHASES if name in self._sums})
+        self._n, self._sums = 0, {}
+        return laps
 
     def enter(self, name: str) -> None:
-        self._charge()
         self._open.append(name)
+        self._turn(name)
 
     def leave(self) -> None:
-        self._charge()
         self._open.pop()
+        if self._open or not self._timeline.gapless:
+            self._turn(self._open[-1] if self._open else None)
 
-    def _charge(self) -> None:
-        now, waited = self._clock(), self._waited()
-        if self._open:
-            waiting = waited - self._waited_since
-            current = self._open[-1]
-            self._seconds[current] = self._seconds.get(current, 0.0) + now - self._since - waiting
-            if waiting:
-                self._seconds["collective"] = self._seconds.get("collective", 0.0) + waiting
-        self._since, self._waited_since = now, waited
+    def _turn(self, phase: str | None) -> None:
+        self._turns.append((self._timeline.mark(), phase))
+
+    def _settle(self) -> None:
+        """Take in the steps that the timeline has reached."""
+        between = self._timeline.seconds
+        while self._laps:
+            turns = self._laps[0]
+            if between(turns[0][0], turns[-1][0]) is None:
+                return
+            self._laps.popleft()
+            self._n += 1
+            seconds: dict[str, float] = {}
+            for (start, phase), (end, _) in pairwise(turns):
+                if phase is not None:
+                    seconds[phase] = seconds.get(phase, 0.0) + (between(start, end) or 0.0)
+            for phase, passed in seconds.items():
+                self._sums[phase] = self._sums.get(phase, 0.0) + passed
+            if self._on_lap is not None:
+                self._on_lap(seconds)
 
 
 class _Phase(AbstractContextManager[None]):

@@ -25,14 +25,16 @@ __all__ = ["JOB", "remove", "remove_own", "stale", "write"]
 
 JOB = "slurm_job"
 """Label with the job's id. Not `job`: Prometheus has that label for the name of its scrape config."""
+_ATTEMPT = "__meta_distkd_attempt"
+"""Label with the attempt of the run. Prometheus shows labels of this prefix to relabelling rules and then drops them: a
+series goes on over restarts."""
 _PROCESS = "__meta_distkd_process"
-"""Label with the process behind a target. Prometheus shows labels of this prefix to relabelling rules and then drops
-them, so that they make no series."""
+"""Label with the process behind a target, of the same kind."""
 _THREADS = 8
 """Files at a time; a shared file system answers slowly, and there is one for each rank."""
 
 
-def write(run: Path, rank: int, address: str, labels: Mapping[str, str]) -> Path:
+def write(run: Path, rank: int, address: str, labels: Mapping[str, str], *, attempt: int | None = None) -> Path:
     """Announce this process as a rank of a run, in place of what an earlier one has left.
 
     Args:
@@ -40,8 +42,11 @@ def write(run: Path, rank: int, address: str, labels: Mapping[str, str]) -> Path
         rank: also a label of the target.
         address: `host:port` as Prometheus has to call it.
         labels: of all series of this target; few values each, nothing secret.
+        attempt: of the run, for `remove`.
     """
     about = {**labels, "rank": str(rank), _PROCESS: _identity(os.getpid())}
+    if attempt is not None:
+        about[_ATTEMPT] = str(attempt)
     own, shared = _places(run, f"rank-{rank:05d}.json")
     for path in (own, shared):
         write_json(path, [{"targets": [address], "labels": about}])
@@ -63,7 +68,7 @@ def remove(run: Path, *, job: str | None = None, attempt: int | None = None) -> 
     _, shared = _places(run, "rank-*.json")
     copies = sorted(shared.parent.glob(f"{glob.escape(run.absolute().name)}.rank-*.json"))
     if job is None and attempt is None:
-        for torn in run.glob("prometheus/.rank-*.json.*"):  # it was killed in the middle of `write`
+        for torn in run.glob("prometheus/.rank-*"):  # it was killed in the middle of writing
             torn.unlink(missing_ok=True)
     return _remove([*_files(run), *copies], job, attempt)
 
@@ -72,7 +77,7 @@ def _remove(paths: Sequence[Path], job: str | None, attempt: int | None) -> list
     def one(path: Path) -> bool:
         if job is not None or attempt is not None:
             labels = _labels(path) or {}
-            if job not in (None, labels.get(JOB)) or str(attempt) not in ("None", labels.get("attempt")):
+            if job not in (None, labels.get(JOB)) or str(attempt) not in ("None", labels.get(_ATTEMPT)):
                 return False
         path.unlink(missing_ok=True)
         return True

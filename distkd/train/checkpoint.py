@@ -29,7 +29,7 @@ from distkd.comm.world import broadcast_object, gather_objects
 from distkd.engines import Engine, Entry, under
 from distkd.errors import CheckpointError, DiskError, DivergedError
 from distkd.files import digest, raise_disk_fault, read_json
-from distkd.train.rows import bank_rows, fill_rows, is_part, rows_entry
+from distkd.train.rows import bank_rows, fill_rows, has_rows, is_part, rows_entry
 
 __all__ = [
     "BEST",
@@ -128,7 +128,7 @@ def check_equal(modules: Sequence[nn.Module], step: int, world: World) -> None:
 
 
 def _replicated(module: nn.Module) -> list[Tensor]:
-    apart = {name for name, bank in bank_rows(module).items() if bank.parts > 1}
+    apart = {name for name, rows in bank_rows(module).items() if rows.bank.parts > 1}
     return [tensor for name, tensor in module.state_dict().items() if name not in apart]
 
 
@@ -141,20 +141,22 @@ def _marks(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def state_entries(state: nn.Module) -> list[Entry]:
     """Everything that a method remembers; of banks that are sharded this rank's rows."""
-    banks = bank_rows(state)
+    apart = bank_rows(state)
     return [
-        rows_entry(f"{STATE}{name}", banks[name]) if name in banks else Entry(f"{STATE}{name}", t.nbytes, lambda t=t: t)
+        rows_entry(f"{STATE}{name}", apart[name]) if name in apart else Entry(f"{STATE}{name}", t.nbytes, lambda t=t: t)
         for name, t in state.state_dict().items()
     ]
 
 
 def _load_state(state: nn.Module, tensors: Tensors) -> None:
-    banks = bank_rows(state)
-    for name, bank in banks.items():
-        fill_rows(bank, f"{STATE}{name}", list(tensors), tensors.rows)
-    others = [name for name in tensors if not is_part(name) and name.removeprefix(STATE) not in banks]
+    names = list(tensors)
+    apart = bank_rows(state)
+    known = {name: rows for name, rows in apart.items() if name.endswith("rows_ND") or has_rows(STATE + name, names)}
+    for name, rows in known.items():
+        fill_rows(rows, f"{STATE}{name}", names, tensors.rows)
+    others = [name for name in names if not is_part(name) and name.removeprefix(STATE) not in apart]
     found = under(STATE, {name: tensors[name] for name in others if name.startswith(STATE)})
-    state.load_state_dict(found | {name: bank.rows_ND for name, bank in banks.items()})
+    state.load_state_dict(found | {name: rows.rows_LX for name, rows in known.items()})
 
 
 def complete(checkpoints: Path) -> list[Path]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from distkd import __version__
 from distkd.base import World
 from distkd.data.volumes import VolumeView
 from distkd.errors import ConfigError
-from distkd.files import raise_disk_fault, read_json, write_json, write_text
+from distkd.files import add_event, raise_disk_fault, read_json, write_json, write_text
 from distkd.train.settings import Settings
 
 __all__ = [
@@ -42,8 +40,9 @@ FREE = {
     "batch.micro_batch", "data.threads", "data.shards", "data.cache_mib", "data.check", "data.on_error",
     "data.max_skipped", "data.stream.cache", "data.stream.cache_gib", "data.stream.ahead", "teacher.export",
     "data.scratch", "engine.name", "engine.zero_stage", "engine.compile", "engine.device", "engine.timeout_s",
-    "engine.debug", "metrics.export", "metrics.port", "optim.fused", "method.bank.placement",
-    "method.bank.memory_share", "method.bank.check_every",
+    "engine.debug", "metrics.export", "metrics.port", "metrics.linger_s", "metrics.textfile", "metrics.tls_cert",
+    "metrics.tls_key", "metrics.password_file", "metrics.tensorboard", "metrics.wandb", "optim.fused",
+    "method.bank.placement", "method.bank.memory_share", "method.bank.check_every",
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what is learned, or are checked by digest. Another
 engine or another kernel adds in another order, as another number of ranks does."""
@@ -71,12 +70,7 @@ class Events:
 
     def add(self, event: str, **values: Any) -> None:
         """One line more; a disk that does not take it is no reason to stop."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
-        except OSError as error:
-            log.warning("%s cannot be written: %s; lost: %s", self.path, error.strerror, event)
+        add_event(self.path, event, **values)
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

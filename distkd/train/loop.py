@@ -16,12 +16,13 @@ from pathlib import Path
 from torch import Tensor
 
 from distkd.base import Batch, StepOutput, World
-from distkd.comm.world import barrier, broadcast_object
+from distkd.comm.world import barrier, broadcast_object, observed
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
 from distkd.engines import Update
 from distkd.errors import TakenOverError
 from distkd.metrics.meters import Stopwatch
+from distkd.metrics.sinks import check_sinks
 from distkd.train import checkpoint
 from distkd.train.attention import write_attention
 from distkd.train.checkpoint import Best
@@ -29,6 +30,7 @@ from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
 from distkd.train.folder import Events, check_config, read_outcome
 from distkd.train.job import Job, assemble
+from distkd.train.observe import groups_of
 from distkd.train.run import Run, met_alone, samples_per_pass
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
@@ -39,6 +41,9 @@ __all__ = ["train", "train_step"]
 
 log = logging.getLogger(__name__)
 
+_LOOK_EVERY = 100
+"""Steps after which all rows of the memory banks are gone through again, at a logging step."""
+
 
 def train(settings: Settings, world: World, *, allow_change: bool = False) -> Path:
     """Train one stage to its end and export the student, resuming by itself; returns the run folder.
@@ -48,6 +53,7 @@ def train(settings: Settings, world: World, *, allow_change: bool = False) -> Pa
         Interrupted: a signal asked for a stop and a complete checkpoint was written.
     """
     check_config(settings, allow_change=allow_change)
+    check_sinks(settings.metrics)
     folder = settings.folder
     outcome = broadcast_object(read_outcome(folder), world)
     if outcome is not None and outcome["state"] == "done" and not allow_change:
@@ -102,30 +108,35 @@ def _lr_scale(job: Job, step: int) -> float:
 
 def fit(run: Run, stop_flag: StopFlag) -> None:
     """Every step from where the run stands to its last."""
-    job, plan, config = run.job, run.job.plan, run.job.settings.run
-    tally = Tally(job, config.log_every)
+    job, plan, config, observer = run.job, run.job.plan, run.job.settings.run, run.observer
+    tally = Tally(job, config.log_every, observer.phases, observer.backlog)
     tally.restore(run.carried)
     watch = tally.watch
     if run.owes_validation:
         validate(run)
-    batches = train_batches(job.dataset, plan, job.world, job.passes, run.step)
+    batches = train_batches(job.dataset, plan, job.world, job.passes, run.step, observer.backlog)
     job.method.trainable.train()
-    with closing(batches):
+    with closing(batches), observed(watch.waiting):
         while run.step < plan.n_steps:
+            began = time.perf_counter()
             with watch.phase("data"):
                 step, passes = next(batches)
             assert step == run.step, (step, run.step)
-            out, update = train_step(job, passes, watch)
+            with observer.flops.counted():
+                out, update = train_step(job, passes, watch)
             left_out = tally.add(passes, out, update)
             if not update.applied:
                 skip(run, left_out)
             run.step += 1
+            watch.lap()
+            observer.step(run.step, time.perf_counter() - began, sum(map(len, passes)))
 
             ended_epoch = run.step % plan.steps_per_epoch == 0
             checkpoint_due = run.step % (config.checkpoint_every or plan.steps_per_epoch) == 0
             run.carried = []
             if run.step % config.log_every == 0 or checkpoint_due or ended_epoch:
-                reading = tally.read(stop_flag)
+                look = ended_epoch or run.step % _LOOK_EVERY < config.log_every
+                reading = tally.read(stop_flag, memories=look)
                 publish(run, reading)
                 stop = reading.stop and run.step < plan.n_steps
             elif stop := tally.should_stop(run.step, stop_flag):
@@ -145,6 +156,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
 def skip(run: Run, words: str | None) -> None:
     """Count a step that was left out and say so, except for an overflow of float16, which is part of the trade."""
     run.skipped += 1
+    run.observer.skipped()
     if words is not None:
         log.warning("%s", words)
         run.events.add("skipped", step=run.step, message=words)
@@ -153,39 +165,24 @@ def skip(run: Run, words: str | None) -> None:
 def publish(run: Run, reading: Reading) -> None:
     """One line of metrics and of progress on the main rank; every rank notes the samples that it could not read."""
     run.note_unreadable()
-    if run.writer is None and run.exporter is None:
-        return
     means = reading.means
     lr = run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1)
-    groups: dict[str, dict[str, float]] = {"parts": {}, "gauges": {}}
-    for name, value in means.items():
-        group, _, rest = name.partition(":")
-        if rest:
-            groups[group][rest] = value
-    if run.exporter is not None:
-        run.exporter.update(
-            run.standing()
-            | {
-                "distkd_loss": {"total": means["loss"], **groups["parts"]} if "loss" in means else None,
-                "distkd_grad_norm": means.get("grad_norm"),
-                "distkd_lr": lr,
-                "distkd_last_step_timestamp_seconds": time.time(),
-            }
+    if run.job.world.is_main:
+        parts, gauges = groups_of(means)
+        saving = {"save": run.saver.seconds} if run.saver.seconds else {}
+        run.record(
+            samples=run.step * run.job.plan.global_batch,
+            loss=means.get("loss"),
+            parts=parts,
+            gauges=gauges,
+            lr=lr,
+            grad_norm=means.get("grad_norm"),
+            skipped=run.skipped,
+            **({"replaced": reading.replaced} if reading.replaced else {}),
+            timings=reading.timings | saving,
         )
-    if run.writer is None:
-        return
-    saving = {"save": run.saver.seconds} if run.saver.seconds else {}
     run.saver.seconds = 0.0
-    run.record(
-        samples=run.step * run.job.plan.global_batch,
-        loss=means.get("loss"),
-        **groups,
-        lr=lr,
-        grad_norm=means.get("grad_norm"),
-        skipped=run.skipped,
-        **({"replaced": reading.replaced} if reading.replaced else {}),
-        timings=reading.timings | saving,
-    )
+    run.observer.reading(run.step, reading, lr)
     if run.progress is not None:
         run.progress.update(run.step, loss=means.get("loss", math.nan))
 
@@ -195,7 +192,7 @@ def validate(run: Run) -> None:
     run.owes_validation = False
     job, config = run.job, run.job.settings.eval
     with job.engine.whole():
-        report = score(job, "val")
+        report = score(run, "val")
         if report is None:
             return
         value = report.metrics.get(config.metric)
@@ -208,21 +205,25 @@ def validate(run: Run) -> None:
     job.method.after_eval(report.metrics, job.world)
 
 
-def score(job: Job, split: Split) -> SplitReport | None:
+def score(run: Run, split: Split) -> SplitReport | None:
     """Evaluate the student as it stands; None where the fold has no such split."""
+    job = run.job
     if len(job.dataset.split_samples(split)) == 0:
         return None
-    return evaluate(
-        job.method.predict,
-        job.method.trainable,
-        job.dataset,
-        split,
-        job.settings.eval,
-        micro_batch=job.settings.batch.per_rank(job.world),
-        device=job.device,
-        dtype=job.dtype,
-        world=job.world,
-    )
+    with run.observer.evaluating():
+        report = evaluate(
+            job.method.predict,
+            job.method.trainable,
+            job.dataset,
+            split,
+            job.settings.eval,
+            micro_batch=job.settings.batch.per_rank(job.world),
+            device=job.device,
+            dtype=job.dtype,
+            world=job.world,
+        )
+    run.observer.scored(split, report.metrics)
+    return report
 
 
 def save(run: Run) -> None:
@@ -285,7 +286,7 @@ def _finish(run: Run) -> None:
         )
     held_out: tuple[Split, ...] = ("val", "test")
     for split in held_out:
-        report = score(job, split)
+        report = score(run, split)
         if report is not None and job.world.is_main:
             write_report(run.folder, report, about | {"selection": selection})
             write_attention(
@@ -297,6 +298,8 @@ def _finish(run: Run) -> None:
                 dtype=job.dtype,
                 per_class=settings.eval.attention_samples,
             )
+            if run.sinks is not None:
+                run.sinks.score(run.step, split, report.metrics)
             if run.progress is not None:
                 run.progress.scored(split, report.metrics, settings.eval.metric)
 

@@ -14,11 +14,11 @@ from distkd.allocation import Allocation, note_job
 from distkd.base import UNLABELLED
 from distkd.comm.world import broadcast_object
 from distkd.data.plan import Plan
-from distkd.errors import ConfigError, DataError, DiskError, Interrupted
+from distkd.errors import ConfigError, DataError, DiskError, Interrupted, NonFiniteError
 from distkd.files import DISK_FAULTS, read_json, write_json
 from distkd.metrics import targets
-from distkd.metrics.exporter import Exporter, Values, device_labels, node_labels, start_exporter
-from distkd.metrics.jsonl import MetricsWriter
+from distkd.metrics.exporter import Exporter, device_labels, node_labels, start_exporter
+from distkd.metrics.sinks import Ending, Sinks, open_sinks
 from distkd.train import checkpoint
 from distkd.train.checkpoint import Best
 from distkd.train.folder import (
@@ -31,6 +31,7 @@ from distkd.train.folder import (
     write_outcome,
 )
 from distkd.train.job import Job
+from distkd.train.observe import Observer
 from distkd.train.progress import Progress
 from distkd.train.saver import Fate, Saver
 
@@ -54,11 +55,16 @@ class Run:
     """Whether the checkpoint was written in a hurry, before the epoch that had just ended was scored."""
     carried: list[list[dict[str, float]]] = field(default_factory=list[list[dict[str, float]]])
     """Metrics of the steps between the last line and the checkpoint, by rank and step."""
+    observer: Observer = field(init=False)
+    """What whoever watches gets to see."""
     saver: Saver = field(init=False)
-    writer: MetricsWriter | None = None
+    sinks: Sinks | None = None
     progress: Progress | None = None
     exporter: Exporter | None = None
     """Serves this rank's numbers to Prometheus, where `metrics.export` asks for it."""
+
+    def __post_init__(self) -> None:
+        self.observer = Observer(self.job, self.folder)
 
     @property
     def folder(self) -> Path:
@@ -92,12 +98,21 @@ class Run:
         self.saver = self._make_saver()
         job.before_update = self.saver.before_update
         if job.world.is_main:
-            self.writer = MetricsWriter(self.folder / "metrics.jsonl")
-            self.writer.truncate_after(self.step)
+            self.sinks = open_sinks(
+                settings.metrics,
+                self.folder,
+                step=self.step,
+                run=settings.run.name,
+                method=settings.method.name,
+                settings=settings.model_dump(mode="json"),
+            )
             self.progress = Progress(settings.run.name, job.plan.n_steps, self.step, _plan_in_words(job))
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
         if changed:
             self.events.add("changed", step=self.step, keys=changed)
+        self.observer.start(self.step, self.attempt)
+        if job.world.is_main:
+            self.observer.watch_saver(self.saver)
         self.exporter = self._start_exporter()
 
     def _start_exporter(self) -> Exporter | None:
@@ -106,29 +121,16 @@ class Run:
             settings.metrics,
             self.folder,
             job.world,
-            labels={
-                "run": settings.run.name,
-                "stage": settings.method.name,
-                "attempt": str(self.attempt),
-                **node_labels(),
-            },
+            ledger=self.observer.ledger,
+            attempt=self.attempt,
+            labels={"run": settings.run.name, "stage": settings.method.name, **node_labels()},
             info={
                 "version": __version__,
                 "engine": settings.engine.name,
                 "world_size": str(job.world.size),
                 **device_labels(job.device),
             },
-            values=self.standing(),
         )
-
-    def standing(self) -> dict[str, Values]:
-        """Where the run stands, by exported name; counters go on from where an earlier attempt has left them."""
-        return {
-            "distkd_train_step": self.step,
-            "distkd_steps_total": self.step,
-            "distkd_samples_total": self.step * self.job.plan.global_batch,
-            "distkd_restarts": self.attempt - 1,
-        }
 
     def _make_saver(self) -> Saver:
         job, config = self.job, self.job.settings.run
@@ -157,8 +159,10 @@ class Run:
 
     def _saved(self, fate: Fate) -> None:
         if fate.error is None:
+            self.observer.checkpoint("written")
             self.events.add("checkpoint", step=fate.step, seconds=round(fate.seconds, 4))
         else:
+            self.observer.checkpoint("failed")
             self.events.add("checkpoint_failed", step=fate.step, reason=fate.error)
 
     def _make_folder(self) -> ConfigError | DiskError | None:
@@ -214,9 +218,9 @@ class Run:
             )
 
     def record(self, **values: Any) -> None:
-        if self.writer is not None:
+        if self.sinks is not None:
             epoch = self.job.plan.epoch_of(max(0, self.step - 1))
-            self.writer.write({"step": self.step, "epoch": epoch, "time": round(time.time(), 3), **values})
+            self.sinks.write({"step": self.step, "epoch": epoch, "time": round(time.time(), 3), **values})
 
     def stopped(self) -> Interrupted | DiskError:
         """What a stop that was asked for ends with, once its checkpoint is on disk or is known not to be."""
@@ -237,22 +241,26 @@ class Run:
 
     def close(self, error: BaseException | None) -> None:
         """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
-        if self.exporter is not None:  # first: whoever is slow to end may be killed on the way
-            self.exporter.close()
+        self.observer.end(error)
+        together = error is None or isinstance(error, NonFiniteError)
+        if self.exporter is not None and not together:  # first: whoever is slow to end may be killed on the way
+            self.exporter.close(last=False)
         self.saver.abandon()
         self.note_unreadable()
         state, kind = _ending(error)
         self.events.add(state, step=self.step, kind=kind, message=str(error or ""))
         if self.progress is not None:
             self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
         if self.job.world.is_main and self.is_current():
             message = str(error or "")
             write_outcome(self.folder, state=state, step=self.step, attempt=self.attempt, kind=kind, message=message)
+        if self.sinks is not None:  # W&B may take seconds for its last uploads
+            self.sinks.close(state)
+        if self.exporter is not None and together:  # no rank waits for another: there is time for a last scrape
+            self.exporter.close(last=True)
 
 
-def _ending(error: BaseException | None) -> tuple[str, str | None]:
+def _ending(error: BaseException | None) -> tuple[Ending, str | None]:
     if error is None:
         return "done", None
     if isinstance(error, Interrupted | KeyboardInterrupt):

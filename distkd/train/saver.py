@@ -119,6 +119,10 @@ class Saver:
     """Whether no later attempt has taken the run over: ranks may outlive their launcher."""
     seconds: float = 0.0
     """Spent in writing since somebody last set it to zero, beside the training or not."""
+    begun: float = field(default_factory=time.time)
+    """When the newest whole checkpoint was begun, as the main rank knows; the start without one."""
+    newest_s: float | None = None
+    """How long it took to write."""
     failures: int = 0
     _buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _thread: threading.Thread | None = None
@@ -165,14 +169,13 @@ class Saver:
         if fate.error is not None:
             if self.world.is_main:
                 shutil.rmtree(self._partial(fate.step), ignore_errors=True)
-            if fate.error != _TAKEN_OVER:
-                text = "checkpoint of step %d could not be written to %s: %s; training goes on"
-                log.warning(text, fate.step, self.checkpoints, fate.error)
-        if fate.error == _TAKEN_OVER:
-            raise TakenOverError(
-                f"{_TAKEN_OVER} in {self.checkpoints.parent}: two jobs or terminals train it; this one ends, the other "
-                "goes on"
-            )
+            if fate.error == _TAKEN_OVER:
+                raise TakenOverError(
+                    f"{_TAKEN_OVER} in {self.checkpoints.parent}: two jobs or terminals train it; this one ends, the "
+                    "other goes on"
+                )
+            text = "checkpoint of step %d could not be written to %s: %s; training goes on"
+            log.warning(text, fate.step, self.checkpoints, fate.error)
         if self.failures >= FAILURES:
             raise DiskError(
                 f"{self.failures} checkpoints in a row could not be written to {self.checkpoints}: {fate.error}; "
@@ -223,7 +226,7 @@ class Saver:
 
     def _write(self, copy: _Copy) -> None:
         """This rank's part, and on the main rank the rest; never raises."""
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.time()
         fate = Fate(copy.step)
         try:
             copy.fill()
@@ -232,6 +235,7 @@ class Saver:
                 self._write_part(copy)
             if self.world.is_main:
                 self._commit(copy)
+                self.begun, self.newest_s = begun, time.perf_counter() - start
         except (OSError, SafetensorError) as error:
             fate.error = getattr(error, "strerror", None) or str(error)
         except Exception as error:  # noqa: BLE001 - it is raised where the fate is agreed on

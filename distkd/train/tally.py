@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from distkd.base import Batch, StepOutput
-from distkd.comm.world import all_reduce_max, gather_objects, waited_s
+from distkd.comm.world import all_reduce_max, gather_objects
+from distkd.data.loader import Backlog
 from distkd.engines import Update
-from distkd.metrics.meters import Meter, Stopwatch
+from distkd.memory.freshness import freshness, settle
+from distkd.metrics.meters import CudaTimeline, HostTimeline, Laps, Meter, Stopwatch
+from distkd.metrics.table import PHASES
 from distkd.train.finite import FiniteGuard
 from distkd.train.job import Job
 from distkd.train.signals import Pacing, StopFlag
 
-__all__ = ["Reading", "Tally"]
+__all__ = ["OWN_WORK", "RankShare", "Reading", "Tally", "gpu_memory"]
 
-_OWN_WORK = ("data", "forward", "optimizer")
+OWN_WORK = ("data", "forward", "optimizer")
 """Phases in which no rank waits for another; a backward waits for the gradients of all."""
 
 
@@ -41,6 +45,38 @@ _PARTS, _GAUGES = _Prefixed("parts"), _Prefixed("gauges")
 
 
 @dataclass(frozen=True, slots=True)
+class RankShare:
+    """What one rank did since the last reading; every rank gets to see that of all."""
+
+    rank: int
+    busy_s: float
+    """Of a step, in phases where no rank waits for another."""
+    wall_s: float
+    """Of all steps since then."""
+    steps: int
+    index: float | None
+    """Its `busy_s` over the median of all ranks; None for a single rank, or where that is not known yet."""
+    phases: dict[str, float]
+    """Seconds of a step."""
+    queue: int | None
+    """Steps whose data lies ready; None where nothing is prepared ahead."""
+    gpu_memory_bytes: int | None
+    """Allocated; None without a GPU."""
+
+    def row(self) -> dict[str, Any]:
+        """As `ranks.json` has it."""
+        return {
+            "rank": self.rank,
+            "busy_s": round(self.busy_s, 6),
+            "wall_s": round(self.wall_s, 6),
+            "straggler_index": None if self.index is None else round(self.index, 4),
+            "phases": {name: round(passed, 6) for name, passed in self.phases.items()},
+            "queue": self.queue,
+            "gpu_memory_bytes": self.gpu_memory_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What all ranks know at a logging step."""
 
@@ -52,17 +88,33 @@ class Reading:
     """Whether any rank was asked to stop."""
     replaced: int
     """Samples that could not be read and were replaced by others, over all ranks of this attempt."""
+    ranks: list[RankShare]
+    """By rank."""
 
 
 class Tally:
-    """Takes in every step, answers at the steps that all ranks agree on."""
+    """Takes in every step, answers at the steps that all ranks agree on.
 
-    def __init__(self, job: Job, log_every: int):
+    Args:
+        job: what is trained.
+        log_every: steps between two readings.
+        on_lap: as `Stopwatch` has it.
+        backlog: how many steps lie ready.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        log_every: int,
+        on_lap: Callable[[dict[str, float]], None] | None = None,
+        backlog: Backlog | None = None,
+    ):
         self.job = job
-        self.watch = Stopwatch(waited=waited_s)
+        self.watch = Stopwatch(CudaTimeline() if job.device.type == "cuda" else HostTimeline(), on_lap)
         self.guard = FiniteGuard(job)
         self._meter = Meter(job.device)
         self._pacing = Pacing(log_every)
+        self._backlog = Backlog() if backlog is None else backlog
         self._steps = 0
         self._since = time.perf_counter()
 
@@ -79,29 +131,42 @@ class Tally:
         self.guard.watch(out.step, loss, update.norm)
         return None
 
-    def read(self, stop_flag: StopFlag) -> Reading:
+    def read(self, stop_flag: StopFlag, *, memories: bool = True) -> Reading:
         """Means since the last reading. One all-reduce and one host sync; a gather where samples cannot be read.
+
+        Args:
+            stop_flag: of this rank.
+            memories: whether to look at all rows of memory banks, too; the same on every rank.
 
         Raises:
             NonFiniteError: on all ranks, where a step was not finite.
             DataError: on all ranks, where too many samples cannot be read.
         """
-        timings = self.watch.read()
-        busy_s = sum(timings.get(phase, 0.0) for phase in _OWN_WORK)
+        laps = self.watch.read()
         now = time.perf_counter()
+        wall_s = now - self._since
         asked = int(stop_flag.is_set())
         unreadable = self.job.dataset.unreadable
         untold = unreadable.untold()
-        own = (busy_s, now - self._since, float(unreadable.replaced), float(len(untold)))
+        if memories:
+            fresh = freshness(self.job.method.state, global_batch=self.job.plan.global_batch)
+            self._meter.add({_GAUGES[name]: value for name, value in fresh.items()})
+        own = (wall_s, float(unreadable.replaced), float(len(untold)), *self._own(laps))
         reduced = self._meter.reduce(self.job.world, flag=asked, own=own)
         self.guard.check(reduced.means.get("loss", 0.0))
-        self._pacing.learn(max(wall_s for _, wall_s, *_ in reduced.by_rank) / max(1, self._steps))
+        self._pacing.learn(max(wall_s for wall_s, *_ in reduced.by_rank) / max(1, self._steps))
+        shares = _shares(reduced.by_rank, self._steps)
         self._steps, self._since = 0, now
-        straggler = _straggler([busy_s for busy_s, *_ in reduced.by_rank])
-        replaced = int(sum(replaced for _, _, replaced, _ in reduced.by_rank))
-        if any(n_untold for *_, n_untold in reduced.by_rank):  # known to all ranks, so all go this way
+        replaced = int(sum(replaced for _, replaced, *_ in reduced.by_rank))
+        if any(n_untold for _, _, n_untold, *_ in reduced.by_rank):  # known to all ranks, so all go this way
             unreadable.tell(gather_objects(untold, self.job.world))
-        return Reading(reduced.means, timings | straggler, reduced.flags > 0, replaced)
+        return Reading(settle(reduced.means), laps.seconds | _straggler(shares), reduced.flags > 0, replaced, shares)
+
+    def _own(self, laps: Laps) -> list[float]:
+        """What `_shares` reads: the queue, the memory, the number of steps and seconds of one by phase."""
+        queue, memory = self._backlog(), gpu_memory(self.job.device).get("allocated")
+        per_step = (laps.seconds.get(phase, 0.0) / max(1, laps.n) for phase in PHASES)
+        return [-1.0 if queue is None else queue, -1.0 if memory is None else memory, laps.n, *per_step]
 
     def carry(self) -> list[list[dict[str, float]]]:
         """What every rank has measured since the last reading, for a checkpoint between two of them. One gather.
@@ -133,10 +198,43 @@ class Tally:
         return all_reduce_max(asked, self.job.world).item() > 0
 
 
-def _straggler(busy_s: list[float]) -> dict[str, float]:
+def _shares(by_rank: Sequence[Sequence[float]], steps: int) -> list[RankShare]:
+    """What each rank has said of itself, and how its own work compares; on the device's timeline some know no step."""
+    phases = [dict(zip(PHASES, numbers[-len(PHASES) :], strict=True)) for numbers in by_rank]
+    busy = [sum(of_rank[phase] for phase in OWN_WORK) for of_rank in phases]
+    # of two ranks the faster one, so that the slower one shows with all that it is slower
+    median = statistics.median_low(busy)
+    comparable = len(busy) > 1 and median > 0 and all(n_laps for *_, n_laps in (row[3:6] for row in by_rank))
+    return [
+        RankShare(
+            rank=rank,
+            busy_s=busy[rank],
+            wall_s=wall_s,
+            steps=steps,
+            index=busy[rank] / median if comparable else None,
+            phases={name: passed for name, passed in phases[rank].items() if passed},
+            queue=None if queue < 0 else int(queue),
+            gpu_memory_bytes=None if memory < 0 else int(memory),
+        )
+        for rank, (wall_s, _, _, queue, memory, *_) in enumerate(by_rank)
+    ]
+
+
+def _straggler(shares: Sequence[RankShare]) -> dict[str, float]:
     """The rank with most work of its own, and how many times the median's that is; nothing for one rank."""
-    median = statistics.median(busy_s)
-    if len(busy_s) == 1 or not median:
+    known = [(share.index, -share.rank) for share in shares if share.index is not None]
+    if not known:
         return {}
-    slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
-    return {"straggler_rank": slowest, "straggler_index": busy_s[slowest] / median}
+    index, rank = max(known)
+    return {"straggler_rank": -rank, "straggler_index": index}
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of the CUDA allocator by kind, as the host counts them; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "peak": torch.cuda.max_memory_allocated(device),
+    }

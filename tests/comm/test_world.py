@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +132,34 @@ def test_debug_mode_names_the_collectives_that_do_not_match(ranks, tmp_path: Pat
         assert said.endswith("; look for code that differs by rank")
 
 
-def test_waiting_is_counted(ranks):
-    for waited, again in ranks(2).run(_waits):
-        assert again > waited > 0
+def test_every_collective_of_the_observing_thread_is_observed_and_its_bytes_counted(ranks):
+    for around, elsewhere, moved in ranks(2).run(_observe):
+        assert around == ["in", "out"] * 4  # an all-gather that is waited for later is observed twice
+        assert elsewhere == []
+        assert moved == {"all_reduce_sum": 24, "all_gather_rows": 16, "reduce_scatter_rows": 64}
 
 
-def _waits(world: World) -> tuple[float, float]:
-    comm.barrier(world)
-    before = comm.waited_s()
-    comm.all_reduce_sum(torch.ones(1), world)
-    return before, comm.waited_s()
+def _observe(world: World) -> tuple[list[str], list[str], dict[str, int]]:
+    comm.moved_bytes.clear()
+    seen: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    with comm.observed(around):
+        comm.all_reduce_sum(torch.ones(3, dtype=torch.float64), world)
+        arrived = comm.start_all_gather_rows(torch.ones(4), world)
+        arrived()
+        comm.reduce_scatter_rows(torch.ones(8, dtype=torch.float64), world)
+        first, seen = seen[:], []
+        other = threading.Thread(target=comm.barrier, args=(world,))
+        other.start()
+        other.join()
+    comm.barrier(world)  # nobody observes any more
+    return first, seen, dict(comm.moved_bytes)
 
 
 def _loses_one(world: World, folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Seeded kills of real runs: a plan of whom to hit when, hits aimed by what a run leaves on disk, and their summary.
 
-Nothing here imports the code that trains: a run is a command line and a folder.
+What is killed is a command line and a folder; nothing here imports the code that trains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from launch.exit_code import noted_codes
 from tests.launch import folders
 from tests.launch.processes import PATIENCE_S, Launched, environment, ranks_command
-from tests.launch.runs import write_config
+from tests.launch.runs import Finish, write_config
 
 __all__ = ["Deck", "Hit", "Kill", "Length", "length_of", "plan", "survive"]
 
@@ -126,6 +126,7 @@ def survive(
     ranks: int,
     in_place: bool,
     whole: Path,
+    finish: Finish,
     tell: Callable[[Hit], None],
 ) -> list[Hit]:
     """Kill runs of one config as planned until every kill met a living run.
@@ -135,7 +136,7 @@ def survive(
     hits: list[Hit] = []
     missed = list(kills)
     for number in range(ROUNDS):
-        trial = Trial(config, place / f"run-{number}", ranks, length_of(whole))
+        trial = Trial(config, place / f"run-{number}", ranks, length_of(whole), finish)
         found = trial.restarted_in_place(missed) if in_place else trial.restarted_from_outside(missed)
         for hit in found:
             tell(hit)
@@ -151,15 +152,16 @@ def survive(
 class Trial:
     """One run folder on its way through some kills."""
 
-    def __init__(self, config: dict[str, Any], place: Path, ranks: int, length: Length):
+    def __init__(self, config: dict[str, Any], place: Path, ranks: int, length: Length, finish: Finish):
         place.mkdir(parents=True)
         self.place, self.ranks, self.length = place, ranks, length
+        self.finish = lambda: finish(config, place, ranks)
         self.config, self.folder = write_config(config, place)
         self.notes = self.place
         self.logs = count()
 
     def restarted_from_outside(self, kills: Sequence[Kill]) -> list[Hit]:
-        """One start per kill, then one to the end; the kills that met a living run."""
+        """One start per kill, then on to the end; the kills that met a living run."""
         hits: list[Hit] = []
         for kill in kills:
             with self.launch() as run:
@@ -171,8 +173,7 @@ class Trial:
             self.look_at_the_remains(kill, code, run.said())
             hit.newest = folders.newest_step(self.folder)
             hits.append(hit)
-        with self.launch() as run:
-            assert run.wait() == 0, run.said()
+        self.finish()
         return self.with_resumed(hits)
 
     def restarted_in_place(self, kills: Sequence[Kill]) -> list[Hit]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.launch import folders
 from tests.launch.processes import Launched, ranks_command, wait_for
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -57,9 +57,9 @@ def config(shards: Path, root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(config: dict[str, Any], finish: Finish, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run on one rank."""
-    return run_to_the_end(config, tmp_path_factory.mktemp("whole"), ranks=1)
+    return finish(config, tmp_path_factory.mktemp("whole"), 1)
 
 
 def _fill(folder: Path) -> Path:
@@ -106,9 +106,8 @@ def test_a_checkpoint_that_finds_no_room_is_told_and_training_goes_on(
 
 
 def test_three_failures_in_a_row_stop_all_ranks_and_leave_the_older_checkpoint(
-    shards: Path, root: Path, tmp_path: Path, mount: Mount
+    config: dict[str, Any], finish: Finish, tmp_path: Path, mount: Mount
 ):
-    config = law_run("supervised", shards, root)
     path, folder = write_config(config, tmp_path)
     checkpoints = mount(folder / "checkpoints", "-t", "tmpfs", "-o", "size=2m", "none")
     with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
@@ -126,14 +125,12 @@ def test_three_failures_in_a_row_stop_all_ranks_and_leave_the_older_checkpoint(
     assert folders.newest_step(folder) > 0
     assert folders.partials(folder) == []
     ballast.unlink()
-    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
-        assert run.wait() == 0, run.said()
-    (tmp_path / "whole").mkdir()
-    assert folders.differences(folder, run_to_the_end(config, tmp_path / "whole", ranks=2)) == []
+    finish(config, tmp_path, 2)
+    assert folders.differences(folder, finish(config, tmp_path / "whole", 2)) == []
 
 
 def test_a_run_whose_whole_disk_is_full_ends_in_words_and_goes_on_later(
-    config: dict[str, Any], whole: Path, tmp_path: Path, mount: Mount
+    config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path, mount: Mount
 ):
     small = mount(tmp_path / "small", "-t", "tmpfs", "-o", "size=2m", "none")
     path, folder = write_config(config, small)
@@ -146,8 +143,7 @@ def test_a_run_whose_whole_disk_is_full_ends_in_words_and_goes_on_later(
     assert "Traceback" not in said
     assert folders.newest_step(folder) > 0
     ballast.unlink()
-    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
-        assert run.wait() == 0, run.said()
+    finish(config, small, 1)
     assert folders.differences(folder, whole) == []
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from distkd import engines, methods
 from tests.faults.harness import IN_PLACE, OUTER, Deck, Kill, Length, length_of, plan, survive
-from tests.launch.runs import law_run, run_to_the_end
+from tests.launch.runs import Finish, law_run
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("FAULT_SEED") or 1)
@@ -80,7 +80,7 @@ def _dealt() -> dict[Case, list[tuple[str, str]]]:
 
 @pytest.fixture(scope="module")
 def twin(
-    tmp_path_factory: pytest.TempPathFactory, shards: Path, root: Path
+    tmp_path_factory: pytest.TempPathFactory, finish: Finish, shards: Path, root: Path
 ) -> Callable[[Case], tuple[dict[str, Any], Path]]:
     """The config of a case and the folder of its uninterrupted run, made once."""
     made: dict[tuple[str, str, int], tuple[dict[str, Any], Path]] = {}
@@ -90,14 +90,14 @@ def twin(
         if key not in made:
             config = law_run(case.method, shards, root, engine=ENGINES[case.engine])
             place = tmp_path_factory.mktemp("twin")
-            made[key] = config, run_to_the_end(config, place, ranks=case.ranks)
+            made[key] = config, finish(config, place, case.ranks)
         return made[key]
 
     return of
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_killed_run_ends_as_if_nothing_had_happened(case: Case, twin: Any, tmp_path: Path):
+def test_a_killed_run_ends_as_if_nothing_had_happened(case: Case, twin: Any, finish: Finish, tmp_path: Path):
     config, whole = twin(case)
     kills = plan(f"{SEED} {case}", _dealt()[case], case.ranks, length_of(whole))
     print(f"\n{case}, FAULT_SEED={SEED}", flush=True)
@@ -108,6 +108,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(case: Case, twin: Any, tmp
         ranks=case.ranks,
         in_place=case.in_place,
         whole=whole,
+        finish=finish,
         tell=lambda hit: print(f"  {hit}", flush=True),
     )
     assert len(hits) == case.kills

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.launch.processes import Launched, ranks_command
-from tests.laws.common import law_config
+from distkd.base import World
+from distkd.train.loop import train
+from tests.launch.processes import PATIENCE_S
+from tests.laws.common import law_config, settings_of
+from tests.pool import Pool, Ranks
 
-__all__ = ["law_run", "run_to_the_end", "write_config"]
+__all__ = ["Finish", "finisher", "law_run", "write_config"]
+
+Finish = Callable[[dict[str, Any], Path, int], Path]
+"""Of a config, a root and a number of ranks: train from where the run below the root stands to its end; its folder."""
 
 
 def law_run(method: str, shards: Path, root: Path, **overrides: Any) -> dict[str, Any]:
@@ -38,9 +46,20 @@ def write_config(config: dict[str, Any], root: Path) -> tuple[Path, Path]:
     return path, root / config["run"]["name"]
 
 
-def run_to_the_end(config: dict[str, Any], root: Path, *, ranks: int) -> Path:
-    """Train without interruption; the run folder."""
-    path, folder = write_config(config, root)
-    with Launched(ranks_command(path, ranks=ranks), root / "log") as run:
-        assert run.wait() == 0, run.said()
-    return folder
+def finisher(pool: Pool) -> Finish:
+    """Without a launcher, on ranks that are there already, for runs of which only the end matters; from any thread."""
+    turn = threading.Lock()
+
+    def finish(config: dict[str, Any], root: Path, ranks: int) -> Path:
+        root.mkdir(exist_ok=True)
+        _, folder = write_config(config, root)
+        config = {**config, "run": {**config["run"], "root": str(root)}}
+        with turn:
+            Ranks(pool, ranks, PATIENCE_S).run(_train, config=config)
+        return folder
+
+    return finish
+
+
+def _train(world: World, config: dict[str, Any]) -> None:
+    train(settings_of(config), world)

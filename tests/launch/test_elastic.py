@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch import folders
 from tests.launch.processes import Launched, ranks_command, wait_for
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -23,9 +23,9 @@ def config(shards: Path, root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(config: dict[str, Any], finish: Finish, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run on two ranks."""
-    return run_to_the_end(config, tmp_path_factory.mktemp("whole"), ranks=2)
+    return finish(config, tmp_path_factory.mktemp("whole"), 2)
 
 
 def _past(folder: Path, step: int) -> bool:
@@ -48,7 +48,7 @@ def test_a_killed_rank_is_brought_back_in_place(config: dict[str, Any], whole: P
 
 
 def test_a_signal_to_the_launcher_stops_all_ranks_with_a_checkpoint(
-    config: dict[str, Any], whole: Path, tmp_path: Path
+    config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path
 ):
     path, folder = write_config(config, tmp_path)
     command = ranks_command(path, "--run.root", tmp_path, ranks=2, max_restarts=3)
@@ -61,13 +61,12 @@ def test_a_signal_to_the_launcher_stops_all_ranks_with_a_checkpoint(
     assert (outcome["state"], outcome["attempt"]) == ("interrupted", 1)
     assert folders.newest_step(folder) == outcome["step"] < folders.last_line(whole)["step"]
     assert "stopped as asked after step" in outcome["message"]
-    with Launched(command, tmp_path / "log") as run:
-        assert run.wait() == 0, run.said()
+    finish(config, tmp_path, 2)
     assert folders.starts(folder)[-1]["step"] == outcome["step"]
     assert folders.differences(folder, whole) == []
 
 
-def test_ranks_do_not_outlive_their_torchrun(config: dict[str, Any], whole: Path, tmp_path: Path):
+def test_ranks_do_not_outlive_their_torchrun(config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
     with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
         wait_for(lambda: _past(folder, 8), run)
@@ -79,18 +78,16 @@ def test_ranks_do_not_outlive_their_torchrun(config: dict[str, Any], whole: Path
     outcome = folders.outcome(folder)
     assert outcome["state"] == "interrupted"
     assert folders.newest_step(folder) == outcome["step"]
-    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
-        assert run.wait() == 0, run.said()
+    finish(config, tmp_path, 2)
     assert folders.differences(folder, whole) == []
 
 
-def test_a_run_goes_on_with_fewer_ranks(config: dict[str, Any], whole: Path, tmp_path: Path):
+def test_a_run_goes_on_with_fewer_ranks(config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
     with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
         wait_for(lambda: _past(folder, 40), run)
         run.kill()
-    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
-        assert run.wait() == 0, run.said()
+    finish(config, tmp_path, 1)
     assert [start["world_size"] for start in folders.starts(folder)] == [2, 1]
     folders.assert_close(folder, whole, tolerance=1e-9)
     assert folders.outcome(folder)["state"] == "done"

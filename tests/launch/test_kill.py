@@ -12,7 +12,7 @@ import pytest
 
 from tests.launch import folders
 from tests.launch.processes import Launched, ranks_command, wait_for
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -23,18 +23,13 @@ def config(shards: Path, root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(config: dict[str, Any], finish: Finish, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run on two ranks."""
-    return run_to_the_end(config, tmp_path_factory.mktemp("whole"), ranks=2)
-
-
-def _finish(path: Path, ranks: int) -> None:
-    with Launched(ranks_command(path, ranks=ranks), path.with_name("log")) as run:
-        assert run.wait() == 0, run.said()
+    return finish(config, tmp_path_factory.mktemp("whole"), 2)
 
 
 def test_killing_everything_in_the_middle_of_a_save_leaves_the_older_checkpoint(
-    config: dict[str, Any], whole: Path, tmp_path: Path
+    config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path
 ):
     path, folder = write_config(config, tmp_path)
     # the third checkpoint dies with its files half written
@@ -60,11 +55,11 @@ sys.exit(main(["train", {str(path)!r}]))
     assert len(folders.partials(folder)) == 1
     assert folders.partials(folder)[0].startswith(".step-00000018.")
     assert folders.newest_step(folder) == 12
-    _finish(path, 2)
+    finish(config, tmp_path, 2)
     assert folders.differences(folder, whole) == []
 
 
-def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(config: dict[str, Any], tmp_path: Path):
+def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(config: dict[str, Any], finish: Finish, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
     with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
         wait_for(lambda: folders.last_line(folder)["step"] > 3, run)
@@ -76,5 +71,5 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(config: dict[str, Any]
     outcome = folders.outcome(folder)
     assert outcome["state"] == "interrupted"
     assert folders.newest_step(folder) == outcome["step"]
-    _finish(path, 1)
+    finish(config, tmp_path, 1)
     assert folders.outcome(folder)["state"] == "done"

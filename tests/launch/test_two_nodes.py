@@ -17,7 +17,7 @@ import pytest
 
 from tests.launch import folders
 from tests.launch.processes import REPOSITORY, Launched, environment, wait_for
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -86,9 +86,9 @@ def config(shards: Path, root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(config: dict[str, Any], finish: Finish, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run with two ranks on one machine."""
-    return run_to_the_end(config, tmp_path_factory.mktemp("whole"), ranks=2)
+    return finish(config, tmp_path_factory.mktemp("whole"), 2)
 
 
 def _together_past(folder: Path, steps: int) -> bool:

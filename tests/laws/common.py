@@ -66,7 +66,7 @@ def law_config(method: str, shards: Path, root: Path, **overrides: Any) -> dict[
         "eval": {"select": "last"},
     }
     for section, values in overrides.items():
-        config[section] = {**config[section], **values}
+        config[section] = {**config.get(section, {}), **values}
     return config
 
 

@@ -31,9 +31,9 @@ def _config(method: str, shards: Path, root: Path, placement: str, **overrides: 
 def _whole(traces: list[Trace]) -> dict[str, Tensor]:
     """The state of a run, with sharded rows in their order."""
     state = dict(traces[0].state)
-    for name in [name for name in state if name.endswith("rows_ND")]:
+    for name in [name for name in state if name.endswith(("rows_ND", "written_N"))]:
         parts = [trace.state[name] for trace in traces]
-        state[name] = torch.empty(sum(map(len, parts)), parts[0].shape[1], dtype=parts[0].dtype)
+        state[name] = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
         for rank, part in enumerate(parts):
             state[name][rank :: len(parts)] = part
     return state
@@ -60,7 +60,7 @@ def test_a_killed_run_with_sharded_banks_ends_bit_equal(ranks: Any, shards: Path
     ranks(2).run(train_until, config=broken, crash_at=7)
     ranks(2).run(train_until, config=broken)
     expected, found = ending(whole), ending(broken)
-    assert sum(map(is_part, expected)) == 2 * 4
+    assert sum(map(is_part, expected)) == 2 * 4 * 2  # ranks, banks, rows and when they were written
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

@@ -70,7 +70,7 @@ def test_an_anchor_without_a_label_has_all_its_positives_in_one_place():
 def test_banks_beyond_their_share_of_the_memory_are_refused_with_every_way_out():
     labels = torch.arange(30_000) % 3
     words = (
-        "4 memory banks of 30,000 rows x 8 take 0.00402 GiB on a rank and may take 0.00391 GiB "
+        "4 memory banks of 30,000 rows x 8 take 0.00447 GiB on a rank and may take 0.00391 GiB "
         "(method.bank.memory_share=0.5 of 0.00781 GiB); use --method.bank.placement sharded, "
         "or --method.bank.dtype bf16, or sharded banks on more ranks, or a larger --method.bank.memory_share"
     )

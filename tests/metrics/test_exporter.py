@@ -1,34 +1,31 @@
-"""A rank's numbers over HTTP: true, continued over restarts, gone with the run, and free where nobody logs."""
+"""A rank's numbers over HTTP: announced, continued over restarts, seen to the end, and gone with the run."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from distkd.base import World
 from distkd.comm import world as comm
-from distkd.config import load
-from distkd.errors import ConfigError, Interrupted
+from distkd.errors import Interrupted
 from distkd.files import read_json
+from distkd.metrics import keeper as keeping
 from distkd.metrics import targets
 from distkd.metrics.exporter import (
-    EXPORTED,
     Exporter,
     MetricsConfig,
     device_labels,
@@ -37,89 +34,95 @@ from distkd.metrics.exporter import (
     start_exporter,
 )
 from distkd.metrics.jsonl import read_jsonl
+from distkd.metrics.keeper import counters_file
+from distkd.metrics.ledger import Ledger
+from distkd.train import run as running
 from distkd.train.loop import train
 from tests.launch.processes import REPOSITORY, environment
 from tests.laws.common import before_steps, settings_of
+from tests.metrics.scraping import left_over, scrape, target
 from tests.small import Small
 
-LABELS = {"run": "r", "stage": "s", "attempt": "1"}
+LABELS = {"run": "r", "stage": "s"}
 LOCAL = MetricsConfig(export="local")
+STEP = {"gauge distkd_train_step": 7}
 
 
-def _target(run: Path, rank: int = 0) -> tuple[str, dict[str, str]]:
-    [group] = read_json(run / "prometheus" / f"rank-{rank:05d}.json")
-    [address] = group["targets"]
-    return address, group["labels"]
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert left_over() == []
 
 
-def _scrape(address: str) -> dict[str, float]:
-    """What Prometheus would see, with the kind of each metric: `counter distkd_steps_total`."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        return {
-            " ".join([family.type, sample.name, *sample.labels.values()]): sample.value
-            for family in families
-            for sample in family.samples
-            if sample.name != "distkd_rank_info"
-        }
-
-
-def _left_over() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "metrics"]
+def _ledger() -> Ledger:
+    ledger = Ledger()
+    ledger.set("distkd_train_step", 7)
+    return ledger
 
 
 @contextmanager
 def _exporter(run: Path, config: MetricsConfig = LOCAL, **options: Any) -> Iterator[Exporter]:
-    given = {"labels": LABELS, "info": {"engine": "ddp"}, "values": {"distkd_train_step": 7}, **options}
+    given = {"labels": LABELS, "info": {"engine": "ddp"}, "ledger": _ledger(), **options}
     exporter = start_exporter(config, run, given.pop("world", World()), **given)
     assert exporter is not None
     try:
         yield exporter
     finally:
-        exporter.close()
+        exporter.close(last=False)
+
+
+def _nothing_is_announced(folder: Path) -> bool:
+    return not list(folder.rglob("rank-*.json")) + list(folder.rglob("*.rank-*.json"))
 
 
 def _train(world: World, config: dict[str, Any], at: int) -> dict[str, Any]:
     """Train, and scrape both ranks' targets before step `at`; what a rank saw."""
     folder, seen = settings_of(config).folder, {}
+    started: list[Exporter] = []
+
+    def start(*given: Any, **options: Any) -> Exporter | None:
+        exporter = start_exporter(*given, **options)
+        assert exporter is not None
+        started.append(exporter)
+        return exporter
 
     def hook(step: int, _: Any) -> None:
         if step == at:
-            comm.barrier(world)  # the other rank has published, too
-            found = [_target(folder, rank) for rank in range(world.size)]
-            seen.update(labels=[labels for _, labels in found], values=[_scrape(address) for address, _ in found])
+            started[0].refresh()
+            comm.barrier(world)  # the other rank has, too
+            found = [target(folder, rank) for rank in range(world.size)]
+            seen["labels"] = [labels for _, labels in found]
+            seen["values"] = [scrape(address) for address, _ in found]
             comm.barrier(world)
 
     comm.counts.clear()
-    with before_steps(hook):
+    with before_steps(hook), pytest.MonkeyPatch.context() as patch:
+        if at >= 0:
+            patch.setattr(running, "start_exporter", start)
         train(settings_of(config), world)
-    return {**seen, "collectives": dict(comm.counts), "left": _left_over()}
+    return {**seen, "collectives": dict(comm.counts), "left": left_over()}
 
 
 def test_both_ranks_of_a_run_serve_what_metrics_jsonl_says(ranks: Any, small: Small, tmp_path: Path):
     run = {"root": str(tmp_path), "name": "study", "epochs": 2, "log_every": 2}
-    config = small.config("student", run=run, metrics={"export": "local"})
+    config = small.config("student", run=run, metrics={"export": "local", "linger_s": 0})
     found = ranks(2).run(_train, config=config, at=4)
     line = next(line for line in read_jsonl(tmp_path / "study" / "metrics.jsonl") if line["step"] == 4)
     for seen in found:
         for rank, (labels, values) in enumerate(zip(seen["labels"], seen["values"], strict=True)):
             about = {name: value for name, value in labels.items() if not name.startswith("__meta_")}
             assert about.pop("node") == socket.gethostname()
-            assert about == {
-                "run": "study", "stage": "logit_kd", "rank": str(rank), "attempt": "1", "slurm_job": "",
-            }  # fmt: skip
-            assert values.pop("gauge distkd_last_step_timestamp_seconds") > 1.6e9
-            assert values == pytest.approx({
-                "gauge distkd_train_step": 4,
-                "counter distkd_steps_total": 4,
-                "counter distkd_samples_total": line["samples"],
-                "gauge distkd_loss total": line["loss"],
-                **{f"gauge distkd_loss {part}": value for part, value in line["parts"].items()},
-                "gauge distkd_grad_norm": line["grad_norm"],
-                "gauge distkd_lr": line["lr"],
-                "gauge distkd_restarts": 0,
-            })  # fmt: skip
-    assert not list(tmp_path.rglob("rank-*.json")) + list(tmp_path.glob("prometheus/*"))
+            assert about == {"run": "study", "stage": "logit_kd", "rank": str(rank), "slurm_job": ""}
+            assert values["gauge distkd_train_step"] == values["counter distkd_steps_total"] == 4
+            assert values["counter distkd_samples_total"] == line["samples"] / 2  # its own
+            assert values["histogram distkd_step_wall_seconds_count"] == 4
+            of_run = {"gauge distkd_loss total": line["loss"], "gauge distkd_lr": line["lr"]}
+            of_run |= {f"gauge distkd_loss {part}": value for part, value in line["parts"].items()}
+            of_run["gauge distkd_grad_norm"] = line["grad_norm"]
+            assert {name: values.get(name) for name in of_run} == pytest.approx(
+                of_run if rank == 0 else dict.fromkeys(of_run)
+            )
+    assert _nothing_is_announced(tmp_path)
     assert [seen["left"] for seen in found] == [[], []]
 
 
@@ -133,31 +136,14 @@ def test_exporting_adds_no_collective(ranks: Any, small: Small, tmp_path: Path):
     assert counted[0][0]
 
 
-def test_a_step_that_is_not_logged_costs_nothing(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    updates: list[Any] = []
-    original = Exporter.update
-
-    def counted(self: Exporter, values: Any) -> None:
-        assert all(not isinstance(value, torch.Tensor) for value in values.values())
-        updates.append(values["distkd_train_step"])
-        original(self, values)
-
-    monkeypatch.setattr(Exporter, "update", counted)
-    run = {"root": str(tmp_path), "name": "run", "log_every": 2, "epochs": 2}
-    folder = train(small.settings("alone", run=run, metrics={"export": "local"}), World())
-    logged = [line["step"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
-    assert updates == logged
-    assert len(logged) < logged[-1]
-
-
 @pytest.mark.parametrize("ending", ["sigterm", "ctrl_c", "failed"])
 def test_a_target_is_gone_however_the_run_ends_and_counters_go_on(small: Small, tmp_path: Path, ending: str):
     run = {"root": str(tmp_path), "name": "run", "epochs": 3, "checkpoint_every": 1, "save": "sync"}
-    settings = small.settings("alone", run=run, metrics={"export": "local"})
+    settings = small.settings("alone", run=run, metrics={"export": "local", "linger_s": 0})
     seen: list[dict[str, float]] = []
 
     def end(step: int, _: Any) -> None:
-        assert (settings.folder / "prometheus" / "rank-00000.json").exists()
+        assert not _nothing_is_announced(tmp_path)
         if step == 2:
             if ending != "sigterm":
                 raise KeyboardInterrupt if ending == "ctrl_c" else ZeroDivisionError("a mistake of ours")
@@ -165,19 +151,17 @@ def test_a_target_is_gone_however_the_run_ends_and_counters_go_on(small: Small, 
 
     with pytest.raises((Interrupted, KeyboardInterrupt, ZeroDivisionError)), before_steps(end):
         train(settings, World())
-    assert not list(tmp_path.rglob("rank-*.json")) + list(tmp_path.glob("prometheus/*"))
-    assert _left_over() == []
+    assert _nothing_is_announced(tmp_path)
+    assert left_over() == []
 
-    with before_steps(lambda *_: seen.append(_scrape(_target(settings.folder)[0]))):
+    with before_steps(lambda *_: seen.append(scrape(target(settings.folder)[0]))):
         train(settings, World())
     at = 3 if ending == "sigterm" else 2  # a stop that was asked for finishes its step
-    assert seen[0] == {
-        "gauge distkd_train_step": at,
-        "counter distkd_steps_total": at,
-        "counter distkd_samples_total": at * 8,
-        "gauge distkd_restarts": 1,
-    }
-    assert not list(tmp_path.rglob("rank-*.json")) + list(tmp_path.glob("prometheus/*"))
+    assert seen[0]["gauge distkd_train_step"] == at
+    assert seen[0]["counter distkd_steps_total"] == at
+    assert seen[0]["counter distkd_samples_total"] == at * 8
+    assert seen[0]["gauge distkd_restarts"] == 1
+    assert _nothing_is_announced(tmp_path)
 
 
 def test_a_killed_run_leaves_a_stale_target_that_its_next_attempt_removes(small: Small, tmp_path: Path):
@@ -185,6 +169,7 @@ def test_a_killed_run_leaves_a_stale_target_that_its_next_attempt_removes(small:
     program = f"""
 import os, signal
 from distkd.base import World
+from distkd.train import run as running
 from distkd.train.loop import train
 from tests.laws.common import before_steps, settings_of
 with before_steps(lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGKILL)):
@@ -198,7 +183,8 @@ with before_steps(lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGK
     assert (tmp_path / "prometheus" / "run.rank-00000.json").exists()
     left.with_name("rank-00007.json").write_text(left.read_text())  # of an attempt with more ranks
     train(settings_of({**config, "metrics": {"export": "off"}}), World())
-    assert not list(left.parent.iterdir()) + list(tmp_path.glob("prometheus/*"))
+    assert _nothing_is_announced(tmp_path)
+    assert counters_file(folder, 0).exists()  # for an attempt that exports again
 
 
 def test_a_taken_port_is_said_once_and_training_goes_on(small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -213,11 +199,54 @@ def test_a_taken_port_is_said_once_and_training_goes_on(small: Small, tmp_path: 
     assert said == [expected + "--metrics.port 0 takes a free one"]
 
 
+def test_a_run_may_be_resumed_with_and_without_metrics(small: Small, tmp_path: Path):
+    run = {"root": str(tmp_path), "name": "run", "epochs": 1}
+    folder = train(small.settings("alone", run=run), World())
+    outcome = json.loads((folder / "outcome.json").read_text())
+    (folder / "outcome.json").unlink()
+    metrics = {"export": "local", "port": 0, "linger_s": 1, "textfile": str(tmp_path)}
+    train(small.settings("alone", run=run, metrics=metrics), World())
+    assert read_json(folder / "outcome.json") == {**outcome, "attempt": 2}
+    assert (tmp_path / "distkd-run.rank-00000.prom").exists()
+
+
+def test_a_textfile_needs_no_server(small: Small, tmp_path: Path):
+    run = {"root": str(tmp_path), "name": "run", "epochs": 1}
+    train(small.settings("alone", run=run, metrics={"textfile": str(tmp_path)}), World())
+    text = (tmp_path / "distkd-run.rank-00000.prom").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("distkd_run_finished{")]
+    assert line.endswith(" 1.0")
+    assert _nothing_is_announced(tmp_path)
+
+
 def test_a_disk_that_takes_no_target_costs_the_metrics_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "prometheus").write_text("in the way")
-    assert start_exporter(LOCAL, tmp_path, World(rank=3), labels=LABELS, info={}, values={}) is None
+    assert start_exporter(LOCAL, tmp_path, World(rank=3), ledger=_ledger(), labels=LABELS, info={}) is None
     assert "rank 3 trains on without metrics.export=local: File exists\n" in caplog.text
-    assert _left_over() == []
+
+
+def test_nothing_is_served_to_everybody_where_a_guard_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = MetricsConfig(export="local", password_file=tmp_path / "absent")
+    assert start_exporter(config, tmp_path, World(), ledger=_ledger(), labels=LABELS, info={}) is None
+    assert caplog.text.count("trains on without metrics.export=local: metrics.password_file=") == 1
+    config = MetricsConfig(export="local", tls_cert=tmp_path / "absent")
+    assert start_exporter(config, tmp_path, World(), ledger=_ledger(), labels=LABELS, info={}) is None
+    assert not (tmp_path / "prometheus").exists()
+
+
+def test_where_the_server_fails_a_textfile_still_gets_its_values(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = MetricsConfig(export="local", tls_cert=tmp_path / "absent", textfile=tmp_path)
+    ledger = _ledger()
+    with _exporter(tmp_path / "run", config, ledger=ledger) as exporter:
+        ledger.add("distkd_steps_total", 1)
+        exporter.refresh()
+        assert (
+            'distkd_steps_total{rank="0",run="r",stage="s"} 1.0' in (tmp_path / "distkd-r.rank-00000.prom").read_text()
+        )
+    assert caplog.text.count("trains on without") == 1
+    again = Ledger()
+    with _exporter(tmp_path / "run", config, ledger=again):
+        assert again.counters() == ledger.counters()  # once, although the server failed first
 
 
 def test_ranks_of_a_machine_take_ports_in_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -226,21 +255,25 @@ def test_ranks_of_a_machine_take_ports_in_a_row(tmp_path: Path, caplog: pytest.L
     world = World(rank=5, size=8, local_rank=1, local_size=4)
     with _exporter(tmp_path, MetricsConfig(export="local", port=port - 1), world=world) as exporter:
         assert exporter.address == f"127.0.0.1:{port}"
-        assert _target(tmp_path, 5)[0] == exporter.address
+        assert target(tmp_path, 5)[0] == exporter.address
     last = MetricsConfig(export="local", port=65535)
-    assert start_exporter(last, tmp_path, world, labels=LABELS, info={}, values={}) is None
+    assert start_exporter(last, tmp_path, world, ledger=_ledger(), labels=LABELS, info={}) is None
     assert "port must be 0-65535" in caplog.text
 
 
 def test_local_listens_on_loopback_and_network_on_one_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def listens_on(exporter: Exporter) -> str:
+        assert exporter._server is not None
+        return exporter._server.server_address[0]
+
     with _exporter(tmp_path) as exporter:
         assert exporter.address.startswith("127.0.0.1:")
-        assert exporter._server.server_address[0] == "127.0.0.1"
+        assert listens_on(exporter) == "127.0.0.1"
     monkeypatch.setattr(socket, "gethostname", lambda: "node-a")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.2" if name == "node-a" else name)
     monkeypatch.setenv("LOCAL_ADDR", "0.0.0.0")  # stands for the one address that every machine has beside loopback
     with _exporter(tmp_path, MetricsConfig(export="network")) as exporter:
-        assert exporter._server.server_address[0] == "0.0.0.0"
+        assert listens_on(exporter) == "0.0.0.0"
 
 
 @pytest.mark.parametrize(
@@ -266,30 +299,97 @@ def test_the_address_is_the_one_that_others_know(
     assert node_address(environ) == expected
 
 
-def test_a_scraper_that_says_nothing_holds_nobody_up(tmp_path: Path):
-    with _exporter(tmp_path) as exporter:
-        host, port = exporter.address.split(":")
-        with socket.create_connection((host, int(port))):
-            assert _scrape(exporter.address) == {"gauge distkd_train_step": 7}
-            exporter.close()
-            assert _left_over() == []
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection((host, int(port)))
-            exporter.close = lambda: None  # it is
-
-
-def test_a_value_that_is_not_known_is_not_served(tmp_path: Path):
-    with _exporter(tmp_path) as exporter:
-        exporter.update({"distkd_loss": {"total": 1.5, "kl": 0.5}, "distkd_lr": 1e-3})
-        assert _scrape(exporter.address).keys() == {
-            "gauge distkd_loss total", "gauge distkd_loss kl", "gauge distkd_lr",
-        }  # fmt: skip
-        exporter.update({"distkd_loss": None, "distkd_lr": 1e-3})  # every step since the last line was left out
-        assert _scrape(exporter.address).keys() == {"gauge distkd_lr"}
-        with urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=60) as answer:
+def test_a_target_says_how_it_is_called_and_nothing_secret(tmp_path: Path, certificate: tuple[Path, Path]):
+    password = tmp_path / "password"
+    password.write_text("prometheus:secret-word\n")
+    password.chmod(0o600)
+    config = MetricsConfig(export="local", tls_cert=certificate[0], tls_key=certificate[1], password_file=password)
+    run = tmp_path / "run"
+    with _exporter(run, config, attempt=3) as exporter:
+        address, labels = target(run)
+        assert labels["__scheme__"] == "https"
+        assert labels["__meta_distkd_attempt"] == "3"
+        assert {name: value for name, value in labels.items() if not name.startswith("__")} == {**LABELS, "rank": "0"}
+        assert "secret" not in "".join(path.read_text() for path in tmp_path.rglob("rank-*") if path.is_file())
+        exporter.refresh()
+        trusting = ssl.create_default_context(cafile=str(certificate[0]))
+        known = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+        known.add_password(None, f"https://{address}", "prometheus", "secret-word")
+        handlers = urllib.request.HTTPSHandler(context=trusting), urllib.request.HTTPBasicAuthHandler(known)
+        with urllib.request.build_opener(*handlers).open(f"https://{address}/metrics", timeout=60) as answer:
             text = answer.read().decode()
-    assert 'distkd_rank_info{engine="ddp"} 1.0' in text
-    assert "_created" not in text
+    assert "distkd_train_step 7.0\n" in text
+    assert 'distkd_rank_info{engine="ddp"} 1.0\n' in text
+    with _exporter(run):
+        assert "__scheme__" not in target(run)[1]
+
+
+def test_who_has_scraped_a_run_sees_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keeping, "_INTERVAL_S", 3600.0)
+    ledger = _ledger()
+    config = MetricsConfig(export="local", linger_s=3600)
+    with _exporter(tmp_path, config, ledger=ledger) as exporter:
+        last = scrape(exporter.address)
+        ledger.set("distkd_run_finished", 1)
+        closing = threading.Thread(target=exporter.close, kwargs={"last": True})
+        closing.start()
+        while last == STEP:  # a scrape may have been faster than the last snapshot; then there is another
+            last = scrape(exporter.address)
+        closing.join(120)
+        assert not closing.is_alive()
+    assert last == {**STEP, "gauge distkd_run_finished": 1}
+    assert _nothing_is_announced(tmp_path)
+
+
+@pytest.mark.parametrize("last, scraped, linger_s", [(True, False, 3600), (False, True, 3600), (True, True, 0)])
+def test_an_end_that_nobody_watches_does_not_wait(tmp_path: Path, last: bool, scraped: bool, linger_s: float):
+    with _exporter(tmp_path, MetricsConfig(export="local", linger_s=linger_s)) as exporter:
+        if scraped:
+            assert scrape(exporter.address) == STEP
+        exporter.close(last=last)
+        assert _nothing_is_announced(tmp_path)
+        assert left_over() == []
+        exporter.close(last=last)  # a second time does no harm
+
+
+def test_a_wait_for_the_last_scrape_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with _exporter(tmp_path, MetricsConfig(export="local", linger_s=3600)) as exporter:
+        assert scrape(exporter.address) == STEP
+
+        def interrupted(_: float) -> bool:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(exporter._server, "wait_for_scrape", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            exporter.close(last=True)
+        assert left_over() == []
+    assert _nothing_is_announced(tmp_path)
+
+
+def test_a_scrape_while_the_trainer_works_sees_whole_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keeping, "_INTERVAL_S", 0.001)
+    ledger, done = _ledger(), threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            ledger.observe("distkd_step_wall_seconds", 0.25)
+            ledger.add("distkd_samples_total", 8)
+
+    trainer, before = threading.Thread(target=work), 0.0
+    with _exporter(tmp_path, ledger=ledger) as exporter:
+        trainer.start()
+        try:
+            for _ in range(50):
+                seen = scrape(exporter.address)
+                name = "histogram distkd_step_wall_seconds"
+                count = seen.get(f"{name}_count", 0.0)
+                assert seen.get(f"{name}_bucket +Inf", 0.0) == seen.get(f"{name}_bucket 0.5", 0.0) == count
+                assert abs(seen.get(f"{name}_sum", 0.0) - 0.25 * count) <= 0.25
+                assert count >= before
+                before = count
+        finally:
+            done.set()
+            trainer.join()
 
 
 def test_node_and_job_are_those_of_slurm_where_there_is_one():
@@ -309,48 +409,3 @@ def test_device_labels_name_the_gpu_as_the_driver_does():
     labels = device_labels(torch.device("cuda", torch.cuda.current_device()))
     assert f"UUID: {labels['gpu_uuid']}" in said
     assert labels["device"] in said
-
-
-def test_names_keep_the_rules_of_prometheus():
-    for metric in EXPORTED:
-        assert re.fullmatch(r"distkd(_[a-z]+)+", metric.name), metric.name
-        assert metric.name.endswith("_total") == (metric.kind == "counter")
-        assert not {"gauge", "counter", "ms", "milliseconds", "mib", "gib", "count"} & set(metric.name.split("_"))
-        assert metric.help.endswith(".")
-        assert metric.label is None or metric.label not in {*LABELS, "rank", "node", "job", "slurm_job", "instance"}
-    assert len({metric.name for metric in EXPORTED}) == len(EXPORTED)
-
-
-def test_the_page_lists_what_is_exported():
-    page = (REPOSITORY / "docs" / "monitoring.md").read_text()
-    for metric in EXPORTED:
-        name = f"{metric.name}{{{metric.label}}}" if metric.label else metric.name
-        assert f"| `{name}` | {metric.kind} | {metric.help} |" in page
-
-
-def _written(small: Small, folder: Path, **metrics: Any) -> Callable[..., Any]:
-    path = small.write(folder, "alone")
-    path.write_text(path.read_text() + yaml.safe_dump({"metrics": metrics}).replace("'off'", "off"))
-    return lambda **overrides: load(path, {name.replace("__", "."): value for name, value in overrides.items()})
-
-
-def test_off_may_be_written_without_quotes(small: Small, tmp_path: Path):
-    read = _written(small, tmp_path, export="off")
-    assert "export: off\n" in (tmp_path / "alone.yaml").read_text()
-    assert read().metrics == MetricsConfig(export="off", port=0)
-    assert read(metrics__export=False).metrics.export == "off"  # `--metrics.export off`, as YAML reads it
-    with pytest.raises(ConfigError, match=r"metrics.export: input should be 'off', 'local' or 'network', found True"):
-        read(metrics__export=True)
-    with pytest.raises(ConfigError, match=r"metrics.port: input should be less than or equal to 65535"):
-        read(metrics__port=65536)
-
-
-def test_a_run_may_be_resumed_with_and_without_metrics(small: Small, tmp_path: Path):
-    run = {"root": str(tmp_path), "name": "run", "epochs": 1}
-    folder = train(small.settings("alone", run=run), World())
-    outcome = json.loads((folder / "outcome.json").read_text())
-    (folder / "outcome.json").unlink()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    train(small.settings("alone", run=run, metrics={"export": "local", "port": port}), World())
-    assert read_json(folder / "outcome.json") == {**outcome, "attempt": 2}

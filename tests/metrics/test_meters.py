@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from distkd.base import World
 from distkd.metrics import meters
-from distkd.metrics.meters import Meter, Stopwatch
+from distkd.metrics.meters import CudaTimeline, HostTimeline, Laps, Meter, Stopwatch
 
 
 def on_ranks(monkeypatch, per_rank, flags):
@@ -112,43 +112,59 @@ class Clock:
         return self.now
 
 
-def test_phases_sum_until_read_in_a_fixed_order():
+def test_phases_sum_over_steps_until_read_in_a_fixed_order():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = Stopwatch(HostTimeline(clock))
     for _ in range(2):
         with watch.phase("forward"):
             clock.now += 2.0
         clock.now += 50.0  # between phases: nobody's
         with watch.phase("data"):
             clock.now += 1.0
-    assert list(watch.read().items()) == [("data", 2.0), ("forward", 4.0)]
-    assert watch.read() == {}
+        watch.lap()
+    assert watch.read() == Laps(2, {"data": 2.0, "forward": 4.0})
+    assert list(watch.read().seconds) == []
+
+
+def test_every_step_is_told_once_it_is_over():
+    clock, told = Clock(), []
+    watch = Stopwatch(HostTimeline(clock), told.append)
+    for step in range(3):
+        with watch.phase("forward"):
+            clock.now += step
+        with watch.phase("forward"):
+            clock.now += 1.0
+        assert len(told) == step
+        watch.lap()
+        clock.now += 100.0
+    assert told == [{"forward": 1.0}, {"forward": 2.0}, {"forward": 3.0}]
 
 
 def test_an_inner_phase_takes_its_time_from_the_outer():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = Stopwatch(HostTimeline(clock))
     with watch.phase("backward"):
         clock.now += 3.0
         with watch.phase("collective"):
             clock.now += 4.0
         clock.now += 5.0
-    assert watch.read() == {"backward": 8.0, "collective": 4.0}
+    watch.lap()
+    assert watch.read().seconds == {"backward": 8.0, "collective": 4.0}
 
 
-def test_a_phase_that_is_open_while_read_is_split_at_the_reading():
+def test_a_step_that_is_not_over_is_not_read():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = Stopwatch(HostTimeline(clock))
     with watch.phase("data"):
         clock.now += 1.0
-        assert watch.read() == {"data": 1.0}
-        clock.now += 2.0
-    assert watch.read() == {"data": 2.0}
+    assert watch.read() == Laps(0, {})
+    watch.lap()
+    assert watch.read() == Laps(1, {"data": 1.0})
 
 
 def test_time_counts_when_the_phase_fails():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = Stopwatch(HostTimeline(clock))
 
     def work() -> None:
         with watch.phase("checkpoint"):
@@ -157,7 +173,8 @@ def test_time_counts_when_the_phase_fails():
 
     with pytest.raises(OSError, match="disk"):
         work()
-    assert watch.read() == {"checkpoint": 7.0}
+    watch.lap()
+    assert watch.read().seconds == {"checkpoint": 7.0}
 
 
 def test_an_unknown_phase_is_our_own_fault():
@@ -166,18 +183,78 @@ def test_an_unknown_phase_is_our_own_fault():
 
 
 def test_waiting_for_others_is_taken_from_the_phase_it_happens_in():
-    clock, waits = Clock(), Clock()
-    watch = Stopwatch(clock, waited=waits)
+    clock = Clock()
+    watch = Stopwatch(HostTimeline(clock))
     with watch.phase("forward"):
-        clock.now += 5.0
-        waits.now += 3.0  # of those five
+        clock.now += 2.0
+        with watch.waiting():
+            clock.now += 3.0
         with watch.phase("data"):
             clock.now += 1.0
-    waits.now += 9.0  # outside of any phase
-    clock.now += 9.0
+    with watch.waiting():  # outside of any phase
+        clock.now += 9.0
     with watch.phase("optimizer"):
         clock.now += 2.0
-    assert watch.read() == {"data": 1.0, "forward": 2.0, "collective": 3.0, "optimizer": 2.0}
+    watch.lap()
+    assert watch.read().seconds == {"data": 1.0, "forward": 2.0, "collective": 3.0, "optimizer": 2.0}
+
+
+class Device:
+    """A timeline whose marks are reached one after the other, as the events of a stream are, and asked before."""
+
+    gapless = True
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+        self.reached = 0
+        self.now = 0.0
+
+    def mark(self) -> int:
+        self.marks.append(self.now)
+        return len(self.marks) - 1
+
+    def seconds(self, start: int, end: int) -> float | None:
+        assert start <= end
+        return self.marks[end] - self.marks[start] if end < self.reached else None
+
+
+def test_steps_are_told_in_order_when_the_device_has_reached_their_end():
+    device, told = Device(), []
+    watch = Stopwatch(device, told.append)
+    for step in (1.0, 2.0):
+        with watch.phase("forward"):
+            device.now += step
+            with watch.phase("collective"):
+                device.now += 10.0
+            device.now += step
+        with watch.phase("backward"):
+            device.now += 5.0
+        watch.lap()
+    assert len(device.marks) == 2 * 5  # a mark a turn and one at the end, none between two phases
+    assert (told, watch.read()) == ([], Laps(0, {}))
+    device.reached = 9
+    assert watch.read() == Laps(1, {"forward": 2.0, "backward": 5.0, "collective": 10.0})
+    device.reached = 10
+    watch.lap()  # of a step without phases
+    assert told == [
+        {"forward": 2.0, "collective": 10.0, "backward": 5.0},
+        {"forward": 4.0, "collective": 10.0, "backward": 5.0},
+    ]
+    assert watch.read() == Laps(1, {"forward": 4.0, "backward": 5.0, "collective": 10.0})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_marks_on_a_device_are_never_waited_for():
+    watch = Stopwatch(CudaTimeline())
+    with watch.phase("forward"):
+        torch.cuda._sleep(100_000_000)
+    watch.lap()
+    assert watch.read().n == 0
+    torch.cuda.synchronize()
+    laps = watch.read()
+    assert laps.n == 1
+    assert laps.seconds["forward"] > 0.01
 
 
 def _measure(world: World) -> tuple[dict[str, float], int, list[list[float]]]:

@@ -14,7 +14,7 @@ import pytest
 
 from distkd.metrics import targets
 
-LABELS = {"run": "r", "attempt": "1", targets.JOB: ""}
+LABELS = {"run": "r", targets.JOB: ""}
 
 
 def _announced(run: Path, rank: int = 0, program: str = "", **labels: str) -> subprocess.Popen[str]:
@@ -38,7 +38,7 @@ def _end(process: subprocess.Popen[str], number: signal.Signals | None = None) -
 
 
 def test_a_file_is_one_target_group_that_one_glob_finds_for_all_runs(tmp_path: Path):
-    path = targets.write(tmp_path / "run", 3, "10.0.0.7:9103", {**LABELS, targets.JOB: "17_3"})
+    path = targets.write(tmp_path / "run", 3, "10.0.0.7:9103", {**LABELS, targets.JOB: "17_3"}, attempt=2)
     assert path == tmp_path / "run" / "prometheus" / "rank-00003.json"
     [copy] = tmp_path.glob("prometheus/*.json")
     assert copy.name == "run.rank-00003.json"
@@ -46,7 +46,12 @@ def test_a_file_is_one_target_group_that_one_glob_finds_for_all_runs(tmp_path: P
     [group] = json.loads(path.read_text())
     assert group["targets"] == ["10.0.0.7:9103"]
     kept = {name: value for name, value in group["labels"].items() if not name.startswith("__meta_")}
-    assert kept == {"run": "r", "attempt": "1", "slurm_job": "17_3", "rank": "3"}  # `job` is Prometheus' own
+    assert kept == {
+        "run": "r",
+        "slurm_job": "17_3",
+        "rank": "3",
+    }  # `job` is Prometheus' own
+    assert group["labels"]["__meta_distkd_attempt"] == "2"  # no label: a series goes on over attempts
     assert [path.name for path in path.parent.iterdir()] == ["rank-00003.json"]
 
 
@@ -121,8 +126,8 @@ def test_a_file_of_somebody_else_is_stale_only_where_the_run_has_ended(tmp_path:
 def test_remove_takes_one_job_or_one_attempt_or_all(tmp_path: Path):
     run, beside = tmp_path / "run[1]", tmp_path / "run"  # a name is no pattern
     targets.write(beside, 0, "127.0.0.1:1", LABELS)
-    for rank, (job, attempt) in enumerate([("17", "1"), ("17", "2"), ("18", "1")]):
-        targets.write(run, rank, "127.0.0.1:1", {**LABELS, targets.JOB: job, "attempt": attempt})
+    for rank, (job, attempt) in enumerate([("17", 1), ("17", 2), ("18", 1)]):
+        targets.write(run, rank, "127.0.0.1:1", {**LABELS, targets.JOB: job}, attempt=attempt)
     torn = run / "prometheus" / ".rank-00009.json.4711"
     torn.write_text("[")
 

@@ -23,12 +23,12 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from tests.launch.processes import PATIENCE_S, environment
+from tests.require import program_path
 from tests.slurm.members import Member, find_members, send, started
 
-__all__ = ["FINAL", "INSTALL", "PROGRAMS", "Cluster", "missing_programs"]
+__all__ = ["FINAL", "PROGRAMS", "Cluster"]
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-INSTALL = "sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client"
 FINAL = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
 )
@@ -88,15 +88,6 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
 
-def missing_programs() -> list[str]:
-    """Those of SLURM's programs that are not installed."""
-    return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
-
-
-def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin:/sbin"  # Debian's daemons are not on everybody's PATH
-
-
 class Cluster:
     """Nodes `n1`, `n2`, .. in the partitions `main` and `urgent`, whose jobs pre-empt those of `main`.
 
@@ -130,7 +121,7 @@ class Cluster:
         """For a process that uses this cluster, and knows of no other, nor of settings of who runs the tests."""
         foreign = ("DISTKD_", "SLURM", "SBATCH", "SRUN", "SALLOC", "SQUEUE", "SINFO", "SCONTROL", "SCANCEL", "SACCT")
         kept = {name: value for name, value in environment().items() if not name.startswith(foreign)}
-        return {**kept, "PATH": _path(), "SLURM_CONF": str(self._conf)}
+        return {**kept, "PATH": program_path(), "SLURM_CONF": str(self._conf)}
 
     def call(
         self, *command: str | Path, environ: Mapping[str, str] | None = None, cwd: Path | None = None

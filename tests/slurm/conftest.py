@@ -1,23 +1,23 @@
-"""One SLURM cluster for all tests of this folder that ask for it."""
+"""One SLURM cluster for all tests of this folder that ask for it, and stand-ins of its commands for the others."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import INSTALL, Cluster, missing_programs
+from tests.require import require
+from tests.slurm.cluster import PROGRAMS, Cluster
+from tests.slurm.stand_ins import Slurm
+from tests.small import Small
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes of 4 CPUs and 2 GPUs by name. After each test its jobs are cancelled and lost nodes come back."""
-    if missing := missing_programs():
-        reason = f"a SLURM cluster needs {', '.join(missing)}: {INSTALL}"
-        if "slurm" in os.environ.get("DISTKD_REQUIRE", "").split(","):
-            pytest.fail(f"{reason}; or take slurm out of DISTKD_REQUIRE to skip its tests", pytrace=False)
-        pytest.skip(reason)
+    require("slurm", PROGRAMS, install="sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client")
     with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 
@@ -28,3 +28,36 @@ def _tidy(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if cluster is not None:
         cluster.tidy()
+
+
+@pytest.fixture
+def fake_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes `squeue` answer with these lines; each is `id|state|reason|time left|nodes`."""
+
+    def answer(lines: str) -> None:
+        program = tmp_path / "bin" / "squeue"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{lines}\nEND\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+
+    return answer
+
+
+@pytest.fixture
+def no_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, small: Small, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    folder, here = tmp_path / "bin", tmp_path / "my work"
+    folder.mkdir()
+    here.mkdir()
+    for name in [name for name in os.environ if name.startswith(("DISTKD_", "SLURM", "SRUN_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DISTKD_SITE", str(folder / "site.env"))  # not the one of who runs the tests
+    (folder / "site.env").touch()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(here)
+    return Slurm(folder, here, small)

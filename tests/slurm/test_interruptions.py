@@ -14,7 +14,7 @@ import pytest
 from distkd.allocation import read_jobs
 from distkd.files import read_json
 from tests.launch import folders
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import hold, is_pending, release, running_ranks, start, together, wait_for_words
 from tests.slurm.members import send
@@ -53,13 +53,13 @@ class Story:
 class Stories:
     """Jobs at the same time. n4 is for the one that is pre-empted."""
 
-    def __init__(self, cluster: Cluster, shards: Path, root: Path, folder: Path):
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: Cluster, shards: Path, root: Path, finish: Finish, folder: Path):
+        self.cluster, self.finish, self.folder = cluster, finish, folder
         self.config = law_run("dc_distill", shards, root, engine={"precision": "fp64"})
 
     def whole(self) -> Path:
         """The uninterrupted run on one machine."""
-        return run_to_the_end(self.config, self._root("whole"), ranks=2)
+        return self.finish(self.config, self._root("whole"), 2)
 
     def many_troubles(self) -> Story:
         """An attempt is warned, the next one loses a rank, and of the third only the ranks are told to end."""
@@ -163,9 +163,11 @@ class Stories:
 
 
 @pytest.fixture(scope="module")
-def story(cluster: Cluster, shards: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def story(
+    cluster: Cluster, shards: Path, root: Path, finish: Finish, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
     """A story by name; all of them are over."""
-    told = Stories(cluster, shards, root, tmp_path_factory.mktemp("stories"))
+    told = Stories(cluster, shards, root, finish, tmp_path_factory.mktemp("stories"))
     futures: dict[str, Future[Any]] = together(
         told.pre_empted,
         told.out_of_time,

@@ -15,7 +15,7 @@ from distkd.allocation import read_jobs
 from distkd.files import read_json
 from tests.launch import folders
 from tests.launch.processes import PATIENCE_S
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import hold, release, running_ranks, start
 
@@ -67,14 +67,16 @@ class Aftermath:
 
 
 @pytest.fixture(scope="module")
-def aftermath(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aftermath]:
+def aftermath(
+    cluster: Cluster, shards: Path, finish: Finish, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Aftermath]:
     try:
-        yield _aftermath(cluster, shards, tmp_path_factory.mktemp("lost"))
+        yield _aftermath(cluster, shards, finish, tmp_path_factory.mktemp("lost"))
     finally:
         cluster.tidy()
 
 
-def _aftermath(cluster: Cluster, shards: Path, base: Path) -> Aftermath:
+def _aftermath(cluster: Cluster, shards: Path, finish: Finish, base: Path) -> Aftermath:
     config = law_run("supervised", shards, Path(), engine={"precision": "fp64"}, run={"epochs": 2})
 
     def submit(name: str, *nodes: str, options: Sequence[str] = (), **environ: str) -> Lost:
@@ -102,18 +104,13 @@ def _aftermath(cluster: Cluster, shards: Path, base: Path) -> Aftermath:
     for lost in (second, beside):
         cluster.until(lambda lost=lost: len(folders.starts(lost.folder)) == 2, "second attempt", lost.job)
         release(orphans[lost.job].values())
-    whole = {ranks: run_to_the_end(config, _made(base / f"whole-{ranks}"), ranks=ranks) for ranks in (1, 2)}
+    whole = {ranks: finish(config, base / f"whole-{ranks}", ranks) for ranks in (1, 2)}
     for lost in everybody:
         cluster.wait(lost.job)
     shutil.copytree(late.folder, base / "done")
     release(orphans[late.job].values())
     cluster.until(lambda: not [member for member in cluster.members("n2") if not member.daemon], "end of the orphans")
     return Aftermath(cluster, whole, second, first, elastic, beside, late, base / "done")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def _hold_each(cluster: Cluster, jobs: Sequence[Lost]) -> None:

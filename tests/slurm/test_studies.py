@@ -20,7 +20,7 @@ from distkd.allocation import read_jobs
 from distkd.cli import DONE, USER, main
 from distkd.files import read_json
 from tests.launch import folders
-from tests.launch.processes import Launched, ranks_command
+from tests.launch.runs import Finish
 from tests.slurm.cluster import FINAL, Cluster
 from tests.slurm.jobs import hold, release
 from tests.small import Small
@@ -50,10 +50,15 @@ class Login:
     def site(self, *lines: str) -> None:
         (self.here / "site.env").write_text("".join(f"{line}\n" for line in lines))
 
-    def write(self, kind: str) -> str:
+    def config(self, kind: str) -> dict[str, Any]:
         config = self.small.config(kind, run={"root": "runs", "epochs": EPOCHS, "checkpoint_every": 6})
-        del config["run"]["name"]  # it is that of its file, as most have it
+        config["run"]["name"] = f"study-{kind}"
         config["teacher"] = {"export": "study-teacher" if kind == "student" else None}
+        return config
+
+    def write(self, kind: str) -> str:
+        config = self.config(kind)
+        del config["run"]["name"]  # it is that of its file, as most have it
         path = self.here / "study" / f"{kind}.yaml"
         path.write_text(yaml.safe_dump(config))
         return f"study/{kind}.yaml"
@@ -285,7 +290,7 @@ def _chain(cluster: Cluster, ids: list[str]) -> list[str]:
     return sorted(re.sub(r"(\S+/\w+\.sbatch).*", r"\1", line) for line in lines)
 
 
-def test_teacher_and_student_in_one_job_that_is_requeued_in_between(login: Login):
+def test_teacher_and_student_in_one_job_that_is_requeued_in_between(login: Login, finish: Finish):
     cluster = login.cluster
     [job] = ids_in(login.submit("--together", "--no-report"))
     ranks = hold(cluster, job, login.run("study-teacher"), 6, ranks=1)
@@ -295,22 +300,19 @@ def test_teacher_and_student_in_one_job_that_is_requeued_in_between(login: Login
     (record,) = cluster.wait(job, restart=1)
     assert record["Restarts"] == "1"
     assert login.noted("started") == {"study-teacher": [job, job], "study-student": [job]}
-    configs = [login.here / name for name in login.configs]
-    with Launched(ranks_command(*configs, "--run.root", login.here / "whole", ranks=1), login.here / "log") as run:
-        assert run.wait() == 0, run.said()
-    for name in ("study-teacher", "study-student"):
-        assert folders.differences(login.run(name), login.here / "whole" / name) == []
+    for kind in ("teacher", "student"):
+        whole = finish(login.config(kind), login.here / "whole", 1)
+        assert folders.differences(login.run(f"study-{kind}"), whole) == []
 
 
-def test_shards_are_read_from_the_disk_of_each_node_and_nothing_else_changes(login: Login):
+def test_shards_are_read_from_the_disk_of_each_node_and_nothing_else_changes(login: Login, finish: Finish):
     cluster, disks, shards = login.cluster, login.here / "disks", login.here / "shards"
     shutil.copytree(login.small.shards, shards)
     login.site(f"DISTKD_SCRATCH='{disks}/$SLURMD_NODENAME'")
     words = (str(login.here / "study/teacher.yaml"), "--data.shards", str(shards))
     said = login.distkd("submit", *words, "--nodes", "2", "--ranks-per-node", "1", "--no-report")
     [job] = ids_in(said)
-    with Launched(ranks_command(*words, "--run.root", login.here / "whole", ranks=2), login.here / "log") as run:
-        assert run.wait() == 0, run.said()
+    whole = finish(login.config("teacher") | {"data": {"shards": str(shards), "threads": 0}}, login.here / "whole", 2)
     ranks = hold(cluster, job, login.run("study-teacher"), 3, ranks=2)
     nodes = cluster.run("scontrol", "show", "hostnames", cluster.show(job)["NodeList"]).split()
     assert sorted(path.name for path in disks.iterdir()) == nodes
@@ -320,4 +322,4 @@ def test_shards_are_read_from_the_disk_of_each_node_and_nothing_else_changes(log
     release(ranks.values())
     cluster.wait(job)
     assert f"copies shards to {disks}/$SLURMD_NODENAME of each node" in cluster.log(job)
-    assert folders.differences(login.run("study-teacher"), login.here / "whole" / "study-teacher") == []
+    assert folders.differences(login.run("study-teacher"), whole) == []

@@ -14,8 +14,7 @@ import pytest
 
 from distkd.allocation import read_jobs
 from tests.launch import folders
-from tests.launch.processes import Launched, ranks_command
-from tests.launch.runs import law_run, run_to_the_end, write_config
+from tests.launch.runs import Finish, law_run, write_config
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import hold, release, start, together, wait_for_words
 
@@ -39,13 +38,13 @@ class Story:
 class Stories:
     """Jobs that run at the same time: most of what they do is waiting, for SLURM or for one another's ranks."""
 
-    def __init__(self, cluster: Cluster, shards: Path, root: Path, folder: Path):
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: Cluster, shards: Path, root: Path, finish: Finish, folder: Path):
+        self.cluster, self.finish, self.folder = cluster, finish, folder
         self.config = law_run("dc_distill", shards, root, run={"epochs": 1}, engine={"precision": "fp64"})
 
     def whole(self) -> Path:
         """The uninterrupted run of one process."""
-        return run_to_the_end(self.config, self._root("whole"), ranks=1)
+        return self.finish(self.config, self._root("whole"), 1)
 
     def two_nodes(self) -> Story:
         """A job of two nodes with two ranks each, where every path has blanks; submitted from a folder of its own."""
@@ -84,8 +83,7 @@ class Stories:
         release(pids.values())
         story = self._end(job, folder, root, "CANCELLED")
         story.seen.update(outcome=folders.outcome(folder), newest=folders.newest_step(folder))
-        with Launched(ranks_command(path, ranks=1), root / "log") as run:
-            assert run.wait() == 0, run.said()
+        self.finish(self.config, root, 1)
         return story
 
     def unknown_key(self) -> Story:
@@ -117,10 +115,10 @@ class Stories:
 
 @pytest.fixture(scope="module")
 def stories(
-    cluster: Cluster, shards: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, shards: Path, root: Path, finish: Finish, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Future[Any]]:
     """Every story, over."""
-    told = Stories(cluster, shards, root, tmp_path_factory.mktemp("stories"))
+    told = Stories(cluster, shards, root, finish, tmp_path_factory.mktemp("stories"))
     return together(
         told.two_nodes,
         told.stopped_by_hand,

@@ -92,6 +92,8 @@ class RemoteStore:
         self.n_fetched = 0
         """Files that this process fetched; what another one had fetched does not count."""
         self.bytes_fetched = 0
+        self.failures = 0
+        """Transfers of this process that failed, whether or not a later attempt succeeded."""
 
     def __str__(self) -> str:
         return masked(self.url)
@@ -245,6 +247,7 @@ class RemoteStore:
             try:
                 self._transfer(place, descriptor, stop, size, sha256)
             except TransferError as error:
+                self.failures += 1
                 if error.permanent or attempt == self._attempts:
                     advice = _COPY if isinstance(error, _ContentError) else _REACH
                     raise DataError(

@@ -63,6 +63,10 @@ class StreamReader(ShardSet):
     def place(self) -> str:
         return str(self.store)
 
+    @property
+    def failures(self) -> int:
+        return self.store.failures
+
     def verify(
         self, progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names, threads: int | None = None
     ) -> Verified:

@@ -1,0 +1,73 @@
+"""Floating-point operations of a step, counted once, and what the device could do in that time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distkd.train.job import Job
+
+__all__ = ["PEAK_FLOPS", "Flops"]
+
+PEAK_FLOPS = {
+    "H200": (494e12, 989e12), "H100 PCIe": (378e12, 756e12), "H100": (494e12, 989e12), "A100": (156e12, 312e12),
+    "L40S": (183e12, 362e12), "L4": (60e12, 121e12), "A40": (75e12, 150e12), "A6000": (77e12, 155e12),
+    "A10": (62e12, 125e12), "V100": (15.7e12, 125e12), "T4": (8.1e12, 65e12), "RTX 4090": (82.6e12, 165e12),
+    "RTX 3090": (35.6e12, 71e12),
+}  # fmt: skip
+"""By a part of the device's name, the first that fits: dense operations per second in TF32 (float32 where a device has
+none) and in half precision, from the makers' data sheets."""
+
+
+class Flops:
+    """What this rank computes in a step: forward and backward of everything, teachers included.
+
+    Matrix products, convolutions and attention are counted, by torch, during one step; the engines that take a module
+    apart, and compiled ones, are left alone. A step counts as the first one did.
+    """
+
+    def __init__(self, job: Job):
+        config = job.settings.engine
+        self.can_count = job.settings.metrics.exports and config.name == "ddp" and not config.compile
+        self.per_step = 0
+        self.peak: float | None = None
+        if job.device.type == "cuda":
+            name, half = torch.cuda.get_device_name(job.device), config.precision in ("bf16", "fp16")
+            known = next((peaks for part, peaks in PEAK_FLOPS.items() if part in name), None)
+            self.peak = None if known is None or config.precision == "fp64" else known[half]
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Around the first step of an attempt, which takes some milliseconds more and computes the same."""
+        if not self.can_count:
+            yield
+            return
+        self.can_count = False
+        with _Counter() as counter:
+            yield
+        self.per_step = counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what torch knows of the operations that pass by.
+
+    Its own `FlopCounterMode` asks for them by module, too, through hooks that `autograd.grad` on leaves refuses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry  # loads slowly, and only who exports needs it
+
+        self.known: dict[Any, Callable[..., int]] = flop_registry
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        out = func(*args, **options)
+        if (count := self.known.get(func.overloadpacket)) is not None:
+            self.total += count(*args, **options, out_val=out)
+        return out
