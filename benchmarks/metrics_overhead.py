@@ -35,7 +35,7 @@ from distkd.metrics.exporter import start_exporter
 from distkd.metrics.settings import MetricsConfig
 from distkd.train.finite import FiniteGuard
 from distkd.train.job import Job, assemble
-from distkd.train.loop import train, train_step
+from distkd.train.loop import LOOK_EVERY, train, train_step
 from distkd.train.observe import Observer
 from distkd.train.signals import StopFlag
 from distkd.train.tally import Tally
@@ -86,7 +86,8 @@ def told(job: Job, batch: Batch, folder: Path, steps: int) -> tuple[Callable[[],
                 watch.lap()
                 observer.step(done[0], time.perf_counter() - began, len(batch))
                 if done[0] % LOG_EVERY == 0:
-                    observer.reading(done[0], tally.read(stop_flag), 1e-3)
+                    look = done[0] % LOOK_EVERY < LOG_EVERY
+                    observer.reading(done[0], tally.read(stop_flag, memories=look), 1e-3)
 
     return run, observer
 
@@ -100,7 +101,7 @@ def bare(job: Job, batch: Batch, steps: int) -> Callable[[], None]:
             out, update = train_step(job, [batch], watch)  # pyright: ignore[reportArgumentType]
             guard.watch(number, out.loss, update.norm)
             if (number + 1) % LOG_EVERY == 0:
-                guard.check(0.0)
+                guard.check(out.loss.item(), update.norm.item())
 
     return run
 

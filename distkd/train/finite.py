@@ -36,16 +36,18 @@ class FiniteGuard:
         self.recent.append((step, loss.detach(), norm))
         self.in_a_row = 0
 
-    def check(self, mean_loss: float) -> None:
-        """Called where the host waits anyway, with the mean loss of the watched steps over all ranks.
+    def check(self, mean_loss: float, mean_norm: float) -> None:
+        """Called where the host waits anyway, with the means of the watched steps over all ranks.
+
+        One that is not finite leaves no finite mean, so nothing is asked of the device where all is well.
 
         Raises:
             NonFiniteError: on all ranks at once, naming the step, the ranks and their samples.
         """
         recent, self.recent = self.recent, []
-        norms = torch.stack([norm for _, _, norm in recent]).isfinite().tolist() if recent else []
-        if all(norms) and math.isfinite(mean_loss):
+        if math.isfinite(mean_norm) and math.isfinite(mean_loss):
             return
+        norms = [math.isfinite(norm.item()) for _, _, norm in recent]
         losses = [math.isfinite(loss.item()) for _, loss, _ in recent]
         job = self.job
         bad = [step for (step, _, _), *finite in zip(recent, norms, losses, strict=True) if not all(finite)]

@@ -37,11 +37,11 @@ from distkd.train.settings import Settings
 from distkd.train.signals import StopFlag, stop_file
 from distkd.train.tally import Reading, Tally
 
-__all__ = ["train", "train_step"]
+__all__ = ["LOOK_EVERY", "train", "train_step"]
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY = 100
+LOOK_EVERY = 100
 """Steps after which all rows of the memory banks are gone through again, at a logging step."""
 
 
@@ -135,7 +135,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
             checkpoint_due = run.step % (config.checkpoint_every or plan.steps_per_epoch) == 0
             run.carried = []
             if run.step % config.log_every == 0 or checkpoint_due or ended_epoch:
-                look = ended_epoch or run.step % _LOOK_EVERY < config.log_every
+                look = ended_epoch or run.step % LOOK_EVERY < config.log_every
                 reading = tally.read(stop_flag, memories=look)
                 publish(run, reading)
                 stop = reading.stop and run.step < plan.n_steps

@@ -153,7 +153,7 @@ class Tally:
             self._meter.add({_GAUGES[name]: value for name, value in fresh.items()})
         own = (wall_s, float(unreadable.replaced), float(len(untold)), *self._own(laps))
         reduced = self._meter.reduce(self.job.world, flag=asked, own=own)
-        self.guard.check(reduced.means.get("loss", 0.0))
+        self.guard.check(reduced.means.get("loss", 0.0), reduced.means.get("grad_norm", 0.0))
         self._pacing.learn(max(wall_s for wall_s, *_ in reduced.by_rank) / max(1, self._steps))
         shares = _shares(reduced.by_rank, self._steps)
         self._steps, self._since = 0, now
@@ -175,8 +175,8 @@ class Tally:
             NonFiniteError: on all ranks, where a step was not finite: no checkpoint is worth writing.
         """
         pending = gather_objects(self._meter.pending(), self.job.world)
-        losses = [step["loss"] for steps in pending for step in steps]
-        self.guard.check(sum(losses))
+        steps = [step for of_rank in pending for step in of_rank]
+        self.guard.check(sum(step["loss"] for step in steps), sum(step["grad_norm"] for step in steps))
         return pending
 
     def restore(self, carried: Sequence[Sequence[Mapping[str, float]]]) -> None:

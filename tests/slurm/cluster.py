@@ -276,6 +276,8 @@ class Cluster:
     def give_up(self, node: str) -> None:
         """Take the node for dead at once: what SLURM does by itself some 25 s after it was lost, crashed or hung."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        # an answer of its slurmd that was still on its way would bring it back
+        self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
 
     def up(self, *nodes: str) -> None:
         """Bring nodes back that were lost, crashed, hung or given up; SLURM ends what it no longer knows on them."""

@@ -37,8 +37,8 @@ from tests.small import Small
 def test_a_run_folder_has_what_is_promised(small: Small):
     folder = small.root / "student"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "environment.json", "outcome.json", "metrics.jsonl", "ranks.json", "events", "checkpoints", "export",
-        "eval",
+        "config.yaml", "environment.json", "outcome.json", "metrics.jsonl", "ranks.json", "events", "checkpoints",
+        "export", "eval",
     }  # fmt: skip
     assert read_outcome(folder) == {"state": "done", "kind": None, "step": 6, "attempt": 1, "message": ""}
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
