@@ -69,6 +69,7 @@ def by_loop(job: Job, batches: list[Batch], tally: Tally, log_every: int) -> Non
     for number, batch in enumerate(batches):
         out, update = train_step(job, [batch], tally.watch)
         tally.add([batch], out, update)
+        tally.watch.lap()
         if (number + 1) % log_every == 0:
             tally.read(stop_flag)
         else:

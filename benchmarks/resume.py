@@ -51,7 +51,8 @@ def stalls(root: Path, way: str, saves: int, between: int) -> tuple[list[float],
         train_step(run.job, next(batches)[1], watch)
         run.step += 1
         if number:  # the first one makes its buffers
-            stood.append(watch.read()["checkpoint"])
+            watch.lap()
+            stood.append(watch.read().seconds["checkpoint"])
     run.saver.wait()
     batches.close()
     run.close(None)

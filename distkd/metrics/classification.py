@@ -12,7 +12,6 @@ import numpy as np
 
 from distkd.base import UNLABELLED
 from distkd.errors import NonFiniteError, ShapeError
-from distkd.metrics.ranking import average_precision, kappa_quadratic, roc_auc
 
 __all__ = ["METRICS", "PER_CLASS", "ClassificationReport", "classification_metrics"]
 
@@ -77,7 +76,7 @@ def classification_metrics(
     confusion_CC = np.zeros((c, c), dtype=np.int64)
     np.add.at(confusion_CC, (label_N, probability_NC.argmax(axis=1)), 1)
     per_class = _per_class(confusion_CC, class_names, notes)
-    metrics = _metrics(probability_NC, label_N, confusion_CC, per_class, notes)
+    metrics = _metrics(probability_NC, label_N, per_class, notes)
     return ClassificationReport(
         n=len(label_N),
         metrics=metrics,
@@ -135,10 +134,12 @@ def _per_class(
 def _metrics(
     probability_NC: np.ndarray,
     label_N: np.ndarray,
-    confusion_CC: np.ndarray,
     per_class: dict[str, dict[str, float | None]],
     notes: list[str],
 ) -> dict[str, float | None]:
+    # here, since it takes a second to load: only the rank that scores waits for it, and only once it does
+    from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
+
     n, c = probability_NC.shape
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     if not n:
@@ -151,15 +152,19 @@ def _metrics(
         notes.append("there is one class: ranking and agreement are undefined")
         return metrics
     is_class_NC = np.eye(c, dtype=np.int64)[label_N]
-    metrics["auc_micro"] = roc_auc(is_class_NC.ravel(), probability_NC.ravel())
-    metrics["ap_micro"] = average_precision(is_class_NC.ravel(), probability_NC.ravel())
+    metrics["auc_micro"] = float(roc_auc_score(is_class_NC.ravel(), probability_NC.ravel()))
+    metrics["ap_micro"] = float(average_precision_score(is_class_NC.ravel(), probability_NC.ravel()))
     present = np.unique(label_N)
     if len(present) == c:
-        metrics["auc_macro"] = float(np.mean([roc_auc(is_class_NC[:, k], probability_NC[:, k]) for k in range(c)]))
+        metrics["auc_macro"] = float(
+            np.mean([roc_auc_score(is_class_NC[:, k], probability_NC[:, k]) for k in range(c)])
+        )
         metrics["balanced_accuracy"] = sum(values["recall"] or 0.0 for values in per_class.values()) / c
         metrics["f1_macro"] = sum(values["f1"] or 0.0 for values in per_class.values()) / c
     if len(np.union1d(present, predicted_N)) > 1:
-        metrics["kappa_quadratic"] = kappa_quadratic(confusion_CC)
+        metrics["kappa_quadratic"] = float(
+            cohen_kappa_score(label_N, predicted_N, labels=np.arange(c), weights="quadratic")
+        )
     else:
         notes.append("labels and predictions are all of one class: kappa_quadratic is undefined")
     return metrics

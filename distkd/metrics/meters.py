@@ -29,6 +29,10 @@ _SLOTS = 64
 _DIGEST_BITS = 20
 
 
+_Step = tuple[tuple[str, Mapping[str, Tensor]], ...]
+"""What one step has added: mappings, each with the prefix of its names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reduced:
     """What all ranks know after `Meter.reduce`."""
@@ -49,18 +53,19 @@ class Meter:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._steps: list[Mapping[str, Tensor]] = []
+        self._steps: list[_Step] = []
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
+    def add(self, values: Mapping[str, Tensor] | None = None, /, **groups: Mapping[str, Tensor]) -> None:
         """Counts one value of each name; names may differ from step to step, not from rank to rank.
 
-        The mapping is kept as it is until `reduce`: a step pays for one append and not for small kernels.
+        Mappings are kept as they are until `reduce`: a step pays for one append and not for small kernels.
 
         Args:
             values: scalars, best without a graph, which would live until then; neither they nor the mapping may change
                 afterwards.
+            groups: more of them, whose names become `group:name`.
         """
-        self._steps.append(values)
+        self._steps.append((("", values or {}), *((f"{name}:", group) for name, group in groups.items())))
 
     def reduce(self, world: World, *, flag: int = 0, own: Sequence[float] = ()) -> Reduced:
         """Means over the steps since the last call and over all ranks, equal on every rank; starts afresh.
@@ -74,14 +79,14 @@ class Meter:
         """
         alike = self._alike()
         names = [name for group, _ in alike for name in group]
-        counts = [float(len(steps)) for group, steps in alike for _ in group]
+        counts = [float(len(rows)) for group, rows in alike for _ in group]
         digest = zlib.crc32("\n".join(names).encode()) & ((1 << _DIGEST_BITS) - 1)
         seen = [0.0] * (world.size * len(own))
         seen[world.rank * len(own) : (world.rank + 1) * len(own)] = own
         head = [float(flag), float(digest), float(digest**2), *seen, *counts]
         padding = [0.0] * (-(len(head) + len(names)) % _SLOTS)
         packed = torch.tensor(head + padding, dtype=torch.float64).to(self.device, non_blocking=True)
-        packed = torch.cat([packed, *(_sums(group, steps, self.device) for group, steps in alike)])
+        packed = torch.cat([packed, *(_sums(rows, self.device) for _, rows in alike)])
         values: list[float] = all_reduce_sum(packed, world).tolist()  # the host waits here
         # equal on all ranks exactly when the digests have no variance; whole numbers below 2**53, so exact
         one, squares = int(values[1]), int(values[2])
@@ -94,27 +99,40 @@ class Meter:
 
     def pending(self) -> list[dict[str, float]]:
         """What was added since the last `reduce`, step by step, exactly; a host sync."""
-        return [{name: float(value) for name, value in step.items()} for step in self._steps]
+        return [
+            {f"{prefix}{name}": float(value) for prefix, values in step for name, value in values.items()}
+            for step in self._steps
+        ]
 
     def restore(self, pending: Sequence[Mapping[str, float]]) -> None:
         """Add what another meter had pending."""
         for step in pending:
             self.add({name: torch.tensor(value, dtype=torch.float64) for name, value in step.items()})
 
-    def _alike(self) -> list[tuple[list[str], list[Mapping[str, Tensor]]]]:
-        """Names that occur together in one floating type, with the steps that have them; in one order on all ranks."""
-        as_added: dict[tuple[str, ...], tuple[str, ...]] = {}
-        by_names: dict[tuple[str, ...], list[Mapping[str, Tensor]]] = {}
+    def _alike(self) -> list[tuple[list[str], list[list[Tensor]]]]:
+        """Names that occur together in one floating type, and a row of values for each step that has them.
+
+        In one order on all ranks, whatever the order in which names were added.
+        """
+        orders: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], list[int]]] = {}
+        rows_of: dict[tuple[str, ...], list[list[Tensor]]] = {}
         for step in self._steps:
-            key = tuple(step)
-            names = as_added.get(key) or as_added.setdefault(key, tuple(sorted(key)))
-            by_names.setdefault(names, []).append(step)
-        found: list[tuple[list[str], list[Mapping[str, Tensor]]]] = []
-        for names, steps in sorted(by_names.items()):
-            by_type: dict[torch.dtype, list[str]] = {}
-            for name in names:
-                by_type.setdefault(steps[0][name].dtype, []).append(name)
-            found += [(by_type[dtype], steps) for dtype in sorted(by_type, key=str)]
+            key = tuple([(prefix, *values) for prefix, values in step])
+            if key not in orders:
+                added = [f"{prefix}{name}" for prefix, *names in key for name in names]
+                order = sorted(range(len(added)), key=added.__getitem__)
+                orders[key] = tuple(added[i] for i in order), order
+            names, order = orders[key]
+            values = [value for _, values in step for value in values.values()]
+            rows_of.setdefault(names, []).append([values[i] for i in order])
+        found: list[tuple[list[str], list[list[Tensor]]]] = []
+        for names, rows in sorted(rows_of.items(), key=lambda item: item[0]):
+            by_type: dict[torch.dtype, list[int]] = {}
+            for place, value in enumerate(rows[0]):
+                by_type.setdefault(value.dtype, []).append(place)
+            for dtype in sorted(by_type, key=str):
+                places = by_type[dtype]
+                found.append(([names[i] for i in places], [[row[i] for i in places] for row in rows]))
         return found
 
 
@@ -129,12 +147,12 @@ def _means(names: Sequence[str], totals: Sequence[float], counts: Sequence[float
 
 
 @torch.no_grad()
-def _sums(names: Sequence[str], steps: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor:
-    """Sum of each name over steps that all have them, float64; a handful of kernels however many there are."""
-    flat = [step[name] for step in steps for name in names]
+def _sums(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """Sums of the columns, float64; a handful of kernels however many there are."""
+    flat = [value for row in rows for value in row]
     if device.type != "cpu":
-        flat = [scalar if scalar.is_cuda else scalar.to(device) for scalar in flat]
-    return torch.stack(flat).double().view(len(steps), len(names)).sum(dim=0)
+        flat = [value if value.is_cuda else value.to(device) for value in flat]
+    return torch.stack(flat).double().view(len(rows), -1).sum(dim=0)
 
 
 class Timeline(Protocol):

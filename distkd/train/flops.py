@@ -33,6 +33,7 @@ class Flops:
     def __init__(self, job: Job):
         config = job.settings.engine
         self.can_count = job.settings.metrics.exports and config.name == "ddp" and not config.compile
+        """Whether a step is still to be counted."""
         self.per_step = 0
         self.peak: float | None = None
         if job.device.type == "cuda":
@@ -43,9 +44,6 @@ class Flops:
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Around the first step of an attempt, which takes some milliseconds more and computes the same."""
-        if not self.can_count:
-            yield
-            return
         self.can_count = False
         with _Counter() as counter:
             yield

@@ -30,20 +30,6 @@ OWN_WORK = ("data", "forward", "optimizer")
 """Phases in which no rank waits for another; a backward waits for the gradients of all."""
 
 
-class _Prefixed(dict[str, str]):
-    """Names with a prefix, each put together once."""
-
-    def __init__(self, prefix: str):
-        super().__init__()
-        self.prefix = prefix
-
-    def __missing__(self, name: str) -> str:
-        return self.setdefault(name, f"{self.prefix}:{name}")
-
-
-_PARTS, _GAUGES = _Prefixed("parts"), _Prefixed("gauges")
-
-
 @dataclass(frozen=True, slots=True)
 class RankShare:
     """What one rank did since the last reading; every rank gets to see that of all."""
@@ -124,10 +110,7 @@ class Tally:
         if not update.applied:
             return self.guard.skipped(out.step, passes, out.loss)
         loss = out.loss.detach()
-        values = {"loss": loss, "grad_norm": update.norm}
-        values |= {_PARTS[name]: value for name, value in out.parts.items()}
-        values |= {_GAUGES[name]: value for name, value in out.gauges.items()}
-        self._meter.add(values)
+        self._meter.add({"loss": loss, "grad_norm": update.norm}, parts=out.parts, gauges=out.gauges)
         self.guard.watch(out.step, loss, update.norm)
         return None
 
@@ -149,8 +132,7 @@ class Tally:
         unreadable = self.job.dataset.unreadable
         untold = unreadable.untold()
         if memories:
-            fresh = freshness(self.job.method.state, global_batch=self.job.plan.global_batch)
-            self._meter.add({_GAUGES[name]: value for name, value in fresh.items()})
+            self._meter.add(gauges=freshness(self.job.method.state, global_batch=self.job.plan.global_batch))
         own = (wall_s, float(unreadable.replaced), float(len(untold)), *self._own(laps))
         reduced = self._meter.reduce(self.job.world, flag=asked, own=own)
         self.guard.check(reduced.means.get("loss", 0.0), reduced.means.get("grad_norm", 0.0))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distkd import methods
 from distkd.base import World
 from distkd.data.loader import train_batches
+from distkd.engines import compiler
 from distkd.memory.bank import Normaliser
 from distkd.metrics.meters import Stopwatch
 from distkd.train.job import assemble
@@ -82,8 +83,9 @@ class Asked(TorchDispatchMode):
     @staticmethod
     def asker() -> str | None:
         """The innermost place outside of torch, if it is ours."""
-        torch_code, own_code, frame = Path(torch.__file__).parent, Path(methods.__file__).parents[1], sys._getframe(3)
-        while frame is not None and Path(frame.f_code.co_filename).is_relative_to(torch_code):
+        own_code, frame = Path(methods.__file__).parents[1], sys._getframe(3)
+        torch_code = (Path(torch.__file__).parent, Path(compiler.__file__))  # and what stands in for a part of it
+        while frame is not None and any(Path(frame.f_code.co_filename).is_relative_to(code) for code in torch_code):
             frame = frame.f_back
         ours = frame is not None and Path(frame.f_code.co_filename).is_relative_to(own_code)
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if ours else None
