@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -77,14 +76,13 @@ def told(job: Job, batch: Batch, folder: Path, steps: int) -> tuple[Callable[[],
     def run() -> None:
         with comm.observed(watch.waiting):
             for _ in range(steps):
-                began = time.perf_counter()
                 with watch.phase("data"):
                     passes = [batch]
                 out, update = train_step(job, passes, watch)
                 tally.add(passes, out, update)
                 done[0] += 1
                 watch.lap()
-                observer.step(done[0], time.perf_counter() - began, len(batch))
+                observer.step(done[0], len(batch))
                 if done[0] % LOG_EVERY == 0:
                     look = done[0] % LOOK_EVERY < LOG_EVERY
                     observer.reading(done[0], tally.read(stop_flag, memories=look), 1e-3)
@@ -152,9 +150,9 @@ def main() -> None:
             MetricsConfig(export="local"), root / "run", world, ledger=observer.ledger, labels={"run": "run"}, info={}
         )
         assert exporter is not None
-        comm.counts.clear()
+        before = comm.counts.copy()
         everything()
-        collectives: dict[str, Any] = {name: count / steps for name, count in comm.counts.items()}
+        collectives: dict[str, Any] = {name: (n - before[name]) / steps for name, n in comm.counts.items()}
         with scraped(exporter.address, arguments.scrape_every):
             sides = compare(
                 {"told": everything, "bare": bare(empty, batch, steps)}, repeats=arguments.repeats, warmup=2

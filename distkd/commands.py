@@ -57,7 +57,8 @@ def train(arguments: argparse.Namespace, rest: list[str], world: World) -> int:
     )
     try:
         for settings in stages:
-            loop.train(settings, world, allow_change=arguments.allow_change)
+            followed = settings is not stages[-1]
+            loop.train(settings, world, allow_change=arguments.allow_change, followed=followed)
     finally:
         comm.shutdown()
     return DONE

@@ -223,7 +223,7 @@ class Recorded(list[Settings]):
 def trained(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     found = Recorded()
 
-    def train(settings: Settings, world: World, *, allow_change: bool = False) -> Path:
+    def train(settings: Settings, world: World, *, allow_change: bool = False, followed: bool = False) -> Path:
         found.append(settings)
         return settings.folder
 

@@ -50,7 +50,8 @@ class Unreadable:
         Raises:
             SampleError: it, where the run is to stop.
         """
-        self.failures += 1
+        with self._lock:
+            self.failures += 1
         if self._on_error == "fail":
             raise error
         with self._lock:

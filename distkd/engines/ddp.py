@@ -40,6 +40,7 @@ class DDPEngine:
     """
 
     sharded = False
+    own_work: tuple[str, ...] = ("data", "forward", "optimizer")
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class DDPEngine:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def traffic(self, passes: int) -> dict[str, int]:
+    def traffic(self, passes: int, *, follows: bool) -> dict[str, int]:
         """Every gradient, once a step however many passes it has."""
         learning = [p for p in self.trainable.parameters() if p.requires_grad]
         return {"gradients": sum(p.nbytes for p in learning)} if self.world.size > 1 else {}

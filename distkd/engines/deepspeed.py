@@ -45,6 +45,8 @@ __all__ = ["DeepSpeedEngine"]
 
 _NEVER = 1 << 31
 _BUCKET = 500_000_000
+_REUSE = 1_000_000_000
+"""Numbers up to which DeepSpeed keeps at stage 3 what a forward has gathered for its backward: its default."""
 
 
 class DeepSpeedEngine:
@@ -75,6 +77,8 @@ class DeepSpeedEngine:
         self.stage = stage
         self.autocast = autocast
         self.sharded = stage == 3
+        # stages 1 to 3 exchange weights in the update, 3 in each forward as well
+        self.own_work: tuple[str, ...] = ("data", "forward", "optimizer")[: {0: 3, 3: 1}.get(stage, 2)]
         self._hooks: list[_Hook] = []
         self._is_whole = False
         import_quietly(device)
@@ -204,19 +208,31 @@ class DeepSpeedEngine:
         self.engine.zero_grad()
         return Update(norm, applied)
 
-    def traffic(self, passes: int) -> dict[str, int]:
-        """Gradients once a step, at stages 2 and 3 in every pass; a rank's part of the weights after each update, and
-        at stage 3 before each forward and each backward of what is spread."""
+    def traffic(self, passes: int, *, follows: bool) -> dict[str, int]:
+        """Gradients once a step, at stages 2 and 3 in every pass; at 1 and 2 a rank's part of the weights after each
+        update; but for a few bytes of the norm.
+
+        At stage 3 the weights are about right, from above: what is spread is gathered in each pass, twice where the
+        model is too large to be kept for its backward, and once more where the weights become `whole`; DeepSpeed finds
+        some of it still gathered. What is kept whole is gathered after each update.
+        """
         if self.world.size == 1:
             return {}
-        learning = [p for p in self.trainable.parameters() if p.requires_grad]
-        sizes = {id(p): getattr(p, "ds_numel", p.numel()) * p.element_size() for p in learning}
-        found = {"gradients": sum(sizes.values()) * (passes if self.stage >= 2 else 1)}
-        if self.stage:
-            spread = {id(p) for p in self.spread} if self.sharded else set[int]()
-            times = {key: 2 * passes if key in spread else 1 for key in sizes}
-            found["weights"] = sum(size * times[key] for key, size in sizes.items()) // self.world.size
-        return found
+        weights: list[Any] = list(self.trainable.parameters())
+        learning = [p for p in weights if p.requires_grad]
+        if not self.sharded:
+            found = {"gradients": sum(p.nbytes for p in learning) * (passes if self.stage == 2 else 1)}
+            if self.stage:
+                groups = self.engine.optimizer.parallel_partitioned_bit16_groups
+                found["weights"] = sum(parts[self.world.rank].nbytes for parts in groups)
+            return found
+        spread = {id(p) for p in self.spread}
+        times = follows + passes * (1 if sum(p.ds_numel for p in self.spread) <= _REUSE else 2)
+        parts = {id(p): p.ds_tensor.ds_numel * p.element_size() for p in weights}
+        return {
+            "gradients": passes * self.world.size * sum(parts[id(p)] for p in learning),
+            "weights": sum(size * (times if key in spread else 1) for key, size in parts.items()),
+        }
 
     @contextmanager
     def whole(self) -> Iterator[None]:

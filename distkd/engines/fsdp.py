@@ -70,6 +70,8 @@ class FSDPEngine:
         self.autocast = autocast
         self.skip = skip
         self.sharded = world.size > 1
+        # a forward waits for the rows of all; what the update exchanges goes through `comm`
+        self.own_work: tuple[str, ...] = ("data", "optimizer") if self.sharded else ("data", "forward", "optimizer")
         self.is_whole = False
 
     def wrap(
@@ -165,16 +167,23 @@ class FSDPEngine:
                 (rows if self.names[id(p)] in self.shards else whole).append(p.grad)
         return rows, whole
 
-    def traffic(self, passes: int) -> dict[str, int]:
-        """Gradients of what is spread, once a step; this rank's rows in each pass, before the forward of a unit and,
-        except for the outermost, before its backward."""
+    def traffic(self, passes: int, *, follows: bool) -> dict[str, int]:
+        """Gradients of what is spread, once a step; a rank's rows in each pass, before the forward of a unit and,
+        except for the outermost, before its backward; and once more where the weights become `whole`.
+
+        Ranks with fewer rows, or none, fill up to what the first one has.
+        """
         if not self.sharded:
             return {}
-        whole = sum(shard.shape.numel() * shard.rows.element_size() for shard in self.shards.values())
-        twice = {p for unit in self.units[:-1] for p in cast(nn.Module, unit).parameters()}
-        rows = {name: shard.rows.nbytes for name, shard in self.shards.items()}
-        again = sum(rows[name] for name, p in self.trainable.named_parameters() if p in twice and name in rows)
-        return {"gradients": whole, "weights": passes * (sum(rows.values()) + again)}
+        rows: dict[str, int] = {}
+        for name, shard in self.shards.items():
+            each = torch.Size((_rows_of_each(shard.shape, self.world), *shard.shape[1:]))
+            rows[name] = each.numel() * shard.rows.element_size()
+        inner = {p for unit in self.units[:-1] for p in cast(nn.Module, unit).parameters()}
+        once = sum(rows.values())
+        again = sum(rows[name] for name, shard in self.shards.items() if shard.parameter in inner)
+        learning = sum(rows[name] for name, shard in self.shards.items() if shard.parameter.requires_grad)
+        return {"gradients": self.world.size * learning, "weights": passes * (once + again) + follows * once}
 
     @contextmanager
     def whole(self) -> Iterator[None]:

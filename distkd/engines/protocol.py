@@ -105,6 +105,8 @@ class Engine(Protocol):
 
     sharded: bool
     """Whether parameters are spread over the ranks between their uses."""
+    own_work: tuple[str, ...]
+    """Phases of a step in which no rank waits for another, but for what goes through `distkd.comm`."""
 
     def wrap(
         self, trainable: nn.Module, groups: Sequence[dict[str, Any]], *, outside: Sequence[nn.Parameter] = ()
@@ -124,11 +126,15 @@ class Engine(Protocol):
         """One update of the weights at `lr_scale` times each group's rate."""
         ...
 
-    def traffic(self, passes: int) -> dict[str, int]:
+    def traffic(self, passes: int, *, follows: bool) -> dict[str, int]:
         """Bytes that this rank hands to the collectives of the library below in a step of so many passes.
 
         By what travels, `gradients` and `weights`, and from their sizes: what goes through `distkd.comm` is counted
-        there.
+        there, and no checkpoint or evaluation is in it. About right where a module of the model runs more than once
+        in a forward, or not at all.
+
+        Args:
+            follows: whether the weights are `whole` once more after each step.
         """
         ...
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,9 +25,12 @@ from distkd.metrics.ledger import Ledger
 from distkd.metrics.server import ScrapeServer, read_password, tls_context
 from distkd.metrics.settings import MetricsConfig
 
-__all__ = ["Exporter", "MetricsConfig", "device_labels", "node_address", "node_labels", "start_exporter"]
+__all__ = ["Exporter", "MetricsConfig", "check_files", "device_labels", "node_address", "node_labels", "start_exporter"]
 
 log = logging.getLogger(__name__)
+
+_WITHDRAW_S = 1.0
+"""How long the end of a run waits for a disk that has to let a target go."""
 
 
 class Exporter:
@@ -41,9 +46,12 @@ class Exporter:
         info: label values of `distkd_rank_info`.
 
     Raises:
-        OSError: the port is taken, or the target cannot be announced; nothing is left behind.
+        OSError: the port is taken, or the target cannot be announced.
         OverflowError: port and local rank exceed 65535.
         ConfigError: a file of the password or of TLS is not as it has to be.
+        RuntimeError: a thread cannot be started.
+
+    Whatever is raised, no socket, file or thread is left behind.
     """
 
     def __init__(
@@ -59,14 +67,20 @@ class Exporter:
     ):
         self.address = ""
         """`host:port` as announced; empty without a server."""
-        self._linger_s = config.linger_s
         self._place, self._attempt = (run, world.rank), attempt
-        # whatever may fail comes before the ledger is touched
-        self._server = None if config.export == "off" else self._listen(config, world, labels)
-        textfile = None if config.textfile is None else Textfile(config.textfile, world, labels)
-        self._keeper = Keeper(ledger, counters_file(run, world.rank), world, info=info, textfile=textfile)
-        if self._server is not None:
-            self._server.serve(lambda: self._keeper.page)
+        self._is_announced = False
+        self._ends = ExitStack()
+        try:
+            # what may fail with a reason to try without a server comes before the ledger is touched
+            self._server = None if config.export == "off" else self._listen(config, world, labels)
+            textfile = None if config.textfile is None else Textfile(config.textfile, world, labels)
+            self._keeper = Keeper(ledger, counters_file(run, world.rank), world, info=info, textfile=textfile)
+            self._ends.callback(self._keeper.close)
+            if self._server is not None:
+                self._server.serve(lambda: self._keeper.page)
+        except BaseException:
+            self._end()
+            raise
 
     def _listen(self, config: MetricsConfig, world: World, labels: Mapping[str, str]) -> ScrapeServer:
         tls = None if config.tls_cert is None else tls_context(config.tls_cert, config.tls_key)
@@ -74,42 +88,66 @@ class Exporter:
         address, announced = ("127.0.0.1",) * 2 if config.export == "local" else node_address()
         port = config.port + world.local_rank if config.port else 0
         server = ScrapeServer((address, port), tls=tls, password=password)
+        self._ends.callback(server.close)
         self.address = f"{announced}:{server.server_address[1]}"
         scheme = {} if tls is None else {"__scheme__": "https"}  # of what Prometheus calls, no label
-        try:
-            targets.write(*self._place, self.address, {**labels, **scheme}, attempt=self._attempt)
-        except OSError:
-            self._withdraw()
-            server.close()
-            raise
+        self._is_announced = True  # perhaps in part
+        targets.write(*self._place, self.address, {**labels, **scheme}, attempt=self._attempt)
         return server
 
-    def refresh(self) -> None:
-        """Serve what the ledger says now, without waiting for the next turn; waits for the disk, so not in a step."""
-        self._keeper.refresh()
+    def withdraw(self) -> None:
+        """Remove the target and go on serving; a disk that does not take it is no reason to stop. Once is enough."""
+        if not self._is_announced:
+            return
+        self._is_announced = False
+        thread = threading.Thread(target=self._remove_target, name="metrics-withdraw", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many; then it may take as long as the disk likes
+            self._remove_target()
+        else:
+            thread.join(_WITHDRAW_S)
 
-    def close(self, *, last: bool) -> None:
-        """Withdraw the target and let the port go; a disk that does not take it is no reason to stop.
+    def close(self, *, linger_s: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
+        """Withdraw the target and let the port go, within some three seconds beside `linger_s`. Once is enough.
 
         Args:
-            last: the run has ended for good, on all ranks: who has scraped it may do so once more, so that its last
-                values are seen.
+            linger_s: who has scraped this rank gets so long to do it once more, so that its last values are seen;
+                not after `withdraw`.
+            until: asked again and again meanwhile; that wait ends when it says yes.
         """
         try:
-            if last and self._server is not None and self._server.was_scraped:
+            if linger_s > 0 and self._is_announced and self._server is not None and self._server.was_scraped:
                 self._keeper.close()
-                self._server.wait_for_scrape(self._linger_s)
+                self._server.wait_for_scrape(linger_s, until)
         finally:
-            self._withdraw()  # first: whoever is slow to end may be killed on the way
-            self._keeper.close()
-            if self._server is not None:
-                self._server.close()
+            self._end()
 
-    def _withdraw(self) -> None:
+    def _end(self) -> None:
+        with self._ends:  # closes the keeper, then the server, whatever happens
+            self.withdraw()  # first: whoever is slow to end may be killed on the way
+
+    def _remove_target(self) -> None:
         try:
             targets.remove_own(*self._place)
         except OSError as error:
             log.warning("%s cannot be removed: %s", error.filename, error.strerror)
+
+
+def check_files(config: MetricsConfig) -> None:
+    """Refuse files and folders that are not as they have to be, before anything is computed.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if config.tls_cert is not None:
+        tls_context(config.tls_cert, config.tls_key)
+    if config.password_file is not None:
+        read_password(config.password_file)
+    if config.textfile is not None and not config.textfile.is_dir():
+        raise ConfigError(
+            f"metrics.textfile={config.textfile} is no folder of this machine; name one that its node_exporter reads"
+        )
 
 
 def start_exporter(
@@ -130,13 +168,15 @@ def start_exporter(
         return None
     try:
         return Exporter(config, run, world, ledger=ledger, labels=labels, info=info, attempt=attempt)
-    except (OSError, OverflowError, ConfigError) as error:
+    except (OSError, OverflowError, ConfigError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if config.port and not isinstance(error, ConfigError):
+        if config.port and isinstance(error, OSError | OverflowError):
             reason += f" (port {config.port + world.local_rank}); --metrics.port 0 takes a free one"
+        lost = f"metrics.export={config.export}" if config.export != "off" else "metrics.textfile"
         # as an error, since ranks other than the main one are heard with nothing less
-        log.error("rank %d trains on without metrics.export=%s: %s", world.rank, config.export, reason)
-        if config.textfile is None:
+        log.error("rank %d trains on without %s: %s", world.rank, lost, reason)
+        # a textfile needs threads, too, and the ledger may have its earlier counters already
+        if config.textfile is None or config.export == "off" or isinstance(error, RuntimeError):
             return None
         alone = config.model_copy(update={"export": "off"})
         return start_exporter(alone, run, world, ledger=ledger, labels=labels, info=info, attempt=attempt)

@@ -3,6 +3,9 @@
 A server takes a counter that falls for one that began at zero again, and shows a burst that never was. So a restart may
 never begin below what anybody has seen: counters are served as they lie on disk. Where the disk takes nothing, gauges
 go on and counters stand still, which shows as a rate of zero, and catch up later.
+
+An attempt that was overtaken may live on for a while. The file says when its attempt began, and no attempt replaces
+the file of a later one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +37,10 @@ _SAVES_PER_S = 100
 """Of all ranks together: a shared file system makes a file for each."""
 _PATIENCE_S = 1.0
 """How long a snapshot waits for the disk before its gauges are served without its counters."""
-_LAST_PATIENCE_S = 5.0
-"""The same at the end, when there is no later one."""
+_LAST_PATIENCE_S = 2.0
+"""How long the end waits for the disk, a snapshot that is under way included."""
+_BEGUN = "begun"
+"""Key of the file beside its counters: nanoseconds since 1970, and above those of all attempts before."""
 
 
 def counters_file(run: Path, rank: int) -> Path:
@@ -69,37 +75,47 @@ class Keeper:
         self._disk = _Disk()
         self._turn = threading.Lock()
         self._warned = False
-        self._on_disk: dict[str, Any] = {}
+        self._begun, self._overtaken = time.time_ns(), False
+        self._on_disk: dict[str, Any] | None = None  # by this attempt: its first file says that it has begun
         self._saved = Snapshot()
-        self._restore()
         self._stop = threading.Event()
         self._interval_s = max(_INTERVAL_S, world.size / _SAVES_PER_S)
         self.page: Page
         """What scrapes are answered with."""
-        self.refresh()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
-        self._thread.start()
+        try:
+            self._restore()
+            self.refresh()
+            self._thread.start()
+        except BaseException:
+            self._stop.set()
+            self._disk.close()
+            raise
 
     def refresh(self, patience_s: float = _PATIENCE_S) -> None:
         """Make a snapshot now; it is served when this returns, without its counters where the disk is slow."""
+        end = time.monotonic() + patience_s
         with self._turn:
             snapshot = self._ledger.snapshot()
-            self._disk.do(lambda: self._save(snapshot), patience_s)
+            self._disk.do(lambda: self._save(snapshot), end)
             saved = self._saved  # perhaps an earlier one
             served = snapshot if saved is snapshot else snapshot.with_counters_of(saved)
             served = Snapshot((*served.series, self._about))
             self.page = Page(served, self._renderer, self._process)
-            if (textfile := self._textfile) is not None:
-                self._disk.do(lambda: textfile.write(served), patience_s)
+            if (textfile := self._textfile) is not None and not self._overtaken:
+                self._disk.do(lambda: textfile.write(served), end)
 
     def close(self) -> None:
         """One last snapshot; a disk that hangs is left to itself. A second time does nothing."""
         if self._stop.is_set():
             return
         self._stop.set()
-        self._thread.join()
-        self.refresh(_LAST_PATIENCE_S)
-        self._disk.close()
+        end = time.monotonic() + _LAST_PATIENCE_S
+        try:
+            self._thread.join()
+            self.refresh(end - time.monotonic())
+        finally:
+            self._disk.close()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -111,21 +127,29 @@ class Keeper:
         try:
             kept: dict[str, Any] = read_json(self._path)
             before.restore(kept)
+            begun = int(kept.get(_BEGUN, 0))
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             # a server takes that for what it is, counters that begin again
             log.warning("%s cannot be read, counters begin at zero: %s", self._path, error)
             return
         self._ledger.restore(kept)
-        self._on_disk, self._saved = kept, before.snapshot()
+        self._begun = max(self._begun, begun + 1)  # whatever another machine's clock said
+        self._saved = before.snapshot()
 
     def _save(self, snapshot: Snapshot) -> None:
+        if self._overtaken:
+            return
         counters = snapshot.counters()
         try:
             if counters != self._on_disk:
+                if self._begun_on_disk() > self._begun:
+                    self._overtaken = True
+                    log.warning("%s belongs to a later attempt of the run; this one's counters stand still", self._path)
+                    return
                 # without indent, which would take the slow encoder and with it time from the trainer
-                write_text(self._path, json.dumps(counters, allow_nan=False) + "\n")
+                write_text(self._path, json.dumps({_BEGUN: self._begun, **counters}, allow_nan=False) + "\n")
         except (OSError, ValueError, TypeError) as error:  # the last two: a value that is no number
             if not self._warned:
                 self._warned = True
@@ -133,6 +157,13 @@ class Keeper:
                 log.warning("%s cannot be written, counters stand still until it can: %s", self._path, reason)
             return
         self._on_disk, self._saved = counters, snapshot
+
+    def _begun_on_disk(self) -> int:
+        """When the attempt began that has written the file; 0 where nobody has."""
+        try:
+            return int(read_json(self._path)[_BEGUN])
+        except (FileNotFoundError, ValueError, TypeError, LookupError, OverflowError):  # the others: it is torn
+            return 0
 
 
 class Textfile:
@@ -188,18 +219,17 @@ class _Disk:
     def __init__(self) -> None:
         self._news = threading.Condition()
         self._work: Callable[[], None] | None = None
-        self._closed = False
+        self._closed = self._failed = False
         self._thread = threading.Thread(target=self._run, name="metrics-disk", daemon=True)
         self._thread.start()
 
-    def do(self, work: Callable[[], None], patience_s: float) -> bool:
-        """Whether it was done in time; it is left out where earlier work still hangs, and may be done later."""
+    def do(self, work: Callable[[], None], end: float) -> None:
+        """Do it, and wait for that until `end` of the monotonic clock; left out where earlier work hangs till then."""
         with self._news:
-            if self._work is not None and not self._news.wait_for(lambda: self._work is None, patience_s):
-                return False
-            self._work = work
-            self._news.notify_all()
-            return self._news.wait_for(lambda: self._work is None, patience_s)
+            if self._news.wait_for(lambda: self._work is None, end - time.monotonic()):
+                self._work = work
+                self._news.notify_all()
+                self._news.wait_for(lambda: self._work is None, end - time.monotonic())
 
     def close(self) -> None:
         with self._news:
@@ -218,6 +248,10 @@ class _Disk:
                 return
             try:
                 work()
+            except Exception as error:  # without this thread counters would stand still for good
+                if not self._failed:
+                    self._failed = True
+                    log.error("metrics cannot be saved: %s: %s", type(error).__name__, error, exc_info=True)
             finally:
                 with self._news:
                     self._work = None

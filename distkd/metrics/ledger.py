@@ -92,7 +92,7 @@ class Ledger:
         self._numbers: dict[str, dict[Labels, float]] = {}
         self._histograms: dict[str, dict[Labels, _Histogram]] = {}
         self._live: dict[str, Callable[[], float | None]] = {}
-        self._since_start: dict[str, float] = {}
+        self._since_start: dict[tuple[str, Labels], float] = {}
         self._metrics = by_name()
         self._full: set[str] = set()
         self._failed: set[str] = set()
@@ -121,10 +121,10 @@ class Ledger:
         if labels in series or self._has_room(name, series, labels):
             series[labels] = series.get(labels, 0.0) + amount
 
-    def set_counter(self, name: str, since_start: float) -> None:
-        """A counter without labels stands at `since_start`, on top of what earlier attempts have counted."""
-        self.add(name, since_start - self._since_start.get(name, 0.0))
-        self._since_start[name] = since_start
+    def set_counter(self, name: str, since_start: float, *labels: str) -> None:
+        """A counter stands at `since_start`, on top of what earlier attempts have counted."""
+        self.add(name, since_start - self._since_start.get((name, labels), 0.0), *labels)
+        self._since_start[name, labels] = since_start
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """A histogram takes in one value."""

@@ -15,6 +15,7 @@ import socketserver
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ _TIMEOUT_S = 10.0
 _CONNECTIONS = 8
 """At a time; Prometheus needs one, for some milliseconds."""
 _POLL_S = 0.2
-"""How long the end of a run may wait for the server's loop."""
+"""How long the end of a run may wait for the server's loop, and a signal for the wait for a last scrape."""
 
 
 class ScrapeServer(socketserver.ThreadingTCPServer):
@@ -78,16 +79,28 @@ class ScrapeServer(socketserver.ThreadingTCPServer):
     def serve(self, page: Callable[[], Page]) -> None:
         """Answer with what `page` gives, on threads of its own."""
         self.page = page
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self.serve_forever, kwargs={"poll_interval": _POLL_S}, name="metrics-server", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread  # only now: `close` would wait for ever for one that could not be started
 
-    def wait_for_scrape(self, timeout_s: float) -> bool:
-        """Wait until a scrape was answered with the page that stands now; false when none came in time."""
-        page = self.page()
-        with self._news:
-            return self._news.wait_for(lambda: self._answered is page, timeout_s)
+    def wait_for_scrape(self, timeout_s: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until a scrape was answered with the page that stands now; false when none came in time.
+
+        Args:
+            timeout_s: how long at most.
+            until: asked again and again; the wait ends when it says yes.
+        """
+        page, end = self.page(), time.monotonic() + timeout_s
+        while not until():
+            left = min(end - time.monotonic(), _POLL_S)
+            with self._news:
+                if self._news.wait_for(lambda: self._answered is page, left):
+                    return True
+            if left <= 0:
+                break
+        return False
 
     def note_answer(self, page: Page) -> None:
         with self._news:

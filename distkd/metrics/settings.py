@@ -24,7 +24,7 @@ class MetricsConfig(StrictConfig):
     which."""
     linger_s: NonNegativeFloat = 30.0
     """Seconds that a finished run waits for one more scrape, if it was scraped at all, so that its last values are
-    known."""
+    known; should be longer than the server's scrape interval, and 0 does not wait."""
     textfile: Path | None = None
     """Folder that a node_exporter on the same machine reads (`--collector.textfile.directory`): each rank keeps its
     values there, also when it has ended; for jobs shorter than a scrape interval, and machines that open no port."""
@@ -48,6 +48,8 @@ class MetricsConfig(StrictConfig):
     def _is_safe(self) -> MetricsConfig:
         if self.tls_key is not None and self.tls_cert is None:
             raise ConfigError("metrics.tls_key needs the certificate it belongs to; set metrics.tls_cert")
+        if self.port and self.export == "off":
+            raise ConfigError("metrics.port does nothing, since metrics.export is off; set it to local or network")
         guards = {"tls_cert": self.tls_cert, "password_file": self.password_file}
         given = " and ".join(f"metrics.{name}" for name, path in guards.items() if path is not None)
         if given and self.export == "off":

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BUCKETS_S", "METRICS", "PHASES", "Metric", "by_name", "markdown"]
+__all__ = ["BUCKETS_S", "METRICS", "OWN_WORK", "PHASES", "Metric", "by_name", "markdown"]
 
 PHASES = ("data", "forward", "backward", "collective", "optimizer", "checkpoint")
 """What a step is made of, in order; values of the label `phase`."""
+
+OWN_WORK = ("data", "forward", "optimizer")
+"""Those in which no rank waits for another where every rank has whole weights; other engines have fewer."""
 
 BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histograms; steps of 5 ms and of 50 s both fall into the middle of some."""
@@ -38,6 +41,7 @@ METRICS = (
     Metric("distkd_restarts", "gauge", "run", "Attempts of the run before this one."),
     Metric("distkd_evaluating", "gauge", "rank", "1 while a split is scored, when no step is due; else 0."),
     Metric("distkd_run_finished", "gauge", "run", "1 once the student is trained, exported and scored; else 0."),
+    Metric("distkd_run_stopped", "gauge", "run", "1 once it was asked to stop and its checkpoint is written; else 0."),
     Metric(
         "distkd_last_step_timestamp_seconds", "gauge", "rank", "When the last step ended; the start before one has."
     ),
@@ -66,7 +70,8 @@ METRICS = (
         "distkd_straggler_index",
         "gauge",
         "rank",
-        "Own work (data, forward, optimizer) over the median of all ranks, since the last logging step.",
+        "Time of a step at this rank's pace over that at the median's: (base + own - m) / base; own: its work without "
+        "waiting for others, m: the median of own, base: a step without the wait for the slowest.",
     ),
     Metric(
         "distkd_loader_queue_depth",
@@ -94,7 +99,13 @@ METRICS = (
         "Collectives of the training loop by kind; gradients count once a step.",
         ("collective",),
     ),
-    Metric("distkd_collective_bytes_total", "counter", "rank", "Bytes that this rank handed to them.", ("collective",)),
+    Metric(
+        "distkd_collective_bytes_total",
+        "counter",
+        "rank",
+        "Bytes that this rank handed to them; about, for weights under ZeRO stage 3.",
+        ("collective",),
+    ),
     # what is learned
     Metric(
         "distkd_loss",

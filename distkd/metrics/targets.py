@@ -13,6 +13,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any, cast
 
 from distkd.files import write_json
 
-__all__ = ["JOB", "remove", "remove_own", "stale", "write"]
+__all__ = ["JOB", "identity", "is_gone", "remove", "remove_own", "stale", "write"]
 
 JOB = "slurm_job"
 """Label with the job's id. Not `job`: Prometheus has that label for the name of its scrape config."""
@@ -44,7 +45,7 @@ def write(run: Path, rank: int, address: str, labels: Mapping[str, str], *, atte
         labels: of all series of this target; few values each, nothing secret.
         attempt: of the run, for `remove`.
     """
-    about = {**labels, "rank": str(rank), _PROCESS: _identity(os.getpid())}
+    about = {**labels, "rank": str(rank), _PROCESS: identity()}
     if attempt is not None:
         about[_ATTEMPT] = str(attempt)
     own, shared = _places(run, f"rank-{rank:05d}.json")
@@ -56,7 +57,7 @@ def write(run: Path, rank: int, address: str, labels: Mapping[str, str], *, atte
 def remove_own(run: Path, rank: int) -> None:
     """Withdraw what this process has announced; the files of a process that came later stay."""
     for path in _places(run, f"rank-{rank:05d}.json"):
-        if (_labels(path) or {}).get(_PROCESS) == _identity(os.getpid()):
+        if (_labels(path) or {}).get(_PROCESS) == identity():
             path.unlink(missing_ok=True)
 
 
@@ -93,8 +94,10 @@ def stale(run: Path, *, ended: bool, running_jobs: Collection[str] | None) -> li
 
     Args:
         run: its folder.
-        ended: whether its last attempt has ended, as `outcome.json` says.
+        ended: whether its last attempt has ended, so long ago that no rank waits for a last scrape any more.
         running_jobs: ids of the jobs that run, as people see them; None where nobody knows.
+
+    The target of a process that lives on this machine is never one of them, whatever is said of its run.
     """
     found: list[Path] = []
     for path in _files(run):
@@ -103,7 +106,9 @@ def stale(run: Path, *, ended: bool, running_jobs: Collection[str] | None) -> li
             continue
         job = labels.get(JOB, "")
         job_is_gone = running_jobs is not None and job != "" and job not in running_jobs
-        if ended or job_is_gone or _is_gone(labels.get(_PROCESS, "")):
+        lives = _lives(labels.get(_PROCESS, ""))
+        nobody = ended or job_is_gone if lives is None else not lives
+        if nobody and path.exists():  # it may have withdrawn it meanwhile, and ended
             found.append(path)
     return found
 
@@ -128,11 +133,15 @@ def _labels(path: Path) -> dict[str, str] | None:
         return {}
 
 
-def _identity(pid: int) -> str:
+def identity(pid: int | None = None) -> str:
     """`machine pid start`, the same for no other process; `machine pid` for one that has ended, empty without /proc.
 
     The machine is known by its boot and by the namespace of its process ids, which a container may have of its own.
+
+    Args:
+        pid: of the process; None: this one.
     """
+    pid = os.getpid() if pid is None else pid
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -146,14 +155,21 @@ def _identity(pid: int) -> str:
     return f"{machine} {pid}" if fields[0] in "ZX" else f"{machine} {pid} {fields[19]}"
 
 
-def _is_gone(process: str) -> bool:
-    """Whether the process was one of this machine and has ended; of another machine nothing is known here."""
+def is_gone(process: str) -> bool:
+    """Whether the process of this identity was one of this machine, and has ended."""
+    return _lives(process) is False
+
+
+def _lives(process: str) -> bool | None:
+    """Whether it lives; None where that is not known, as of a process of another machine."""
     machine, _, rest = process.partition(" ")
     pid = rest.split(" ")[0]
     if not pid.isdigit():
-        return False
-    now = _identity(int(pid))
-    return now.partition(" ")[0] == machine and now != process and not _is_hidden(int(pid))
+        return None
+    now = identity(int(pid))
+    if now.partition(" ")[0] != machine:
+        return None
+    return now == process or _is_hidden(int(pid))
 
 
 def _is_hidden(pid: int) -> bool:
@@ -167,6 +183,13 @@ def _is_hidden(pid: int) -> bool:
     except ProcessLookupError:
         pass
     return False
+
+
+def _n_targets(paths: Sequence[Path]) -> int:
+    """Targets behind files, which come in pairs; where one of a pair was missing, the other stands for it."""
+    whole = [path.absolute() for path in paths]
+    own = re.compile(r"rank-\d+\.json").fullmatch
+    return len({_places(path.parent.parent, path.name)[1] if own(path.name) else path for path in whole})
 
 
 def _main(argv: Sequence[str] | None = None) -> int:
@@ -188,7 +211,14 @@ def _main(argv: Sequence[str] | None = None) -> int:
             code = 1
             continue
         if removed:
-            print(f"removed {len(removed)} scrape targets of {folder}")
+            n = _n_targets(removed)
+            print(f"removed {n} scrape target{'s' * (n != 1)} of {folder}")
+        elif not folder.is_dir():
+            print(f"no folder {folder}", file=sys.stderr)
+            # a batch script clears up after its job also where no run has begun, and then ends with a code of its own
+            code = code if arguments.job else code or 2
+        elif not arguments.job:
+            print(f"no scrape targets of {folder}")
     return code
 
 

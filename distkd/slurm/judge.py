@@ -77,6 +77,9 @@ def judge(at: Position, job: Job | None, end: EndedJob | None, *, asked: bool, n
     if asked and at.job is not None:
         see = _see(job) if job is not None else ""
         return "lost", f"job {at.job} is gone and the run has not said how it ended{see}; submit again to resume"
+    # of a job that nobody can ask about SLURM may have started the next attempt, or be about to
+    if at.is_gone and (asked or (job is None and at.job is None)):
+        return "lost", "its processes on this machine ended without a word; start it again to resume"
     state, advice = _going(at, None, now)
     return ("lost", f"{advice}; if it no longer runs, start it again to resume") if advice else (state, "")
 

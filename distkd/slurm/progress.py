@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from distkd.metrics.targets import is_gone
+
 __all__ = ["Position", "Rate", "read_position", "tail"]
 
 TAIL = 2**16
@@ -46,6 +48,8 @@ class Position:
     """When the latest attempt began; None where no attempt has."""
     job: str | None
     """The job of the latest attempt; None outside of SLURM."""
+    is_gone: bool
+    """Whether the main rank of the latest attempt was a process of this machine, and has ended."""
     step: int | None
     total: int | None
     rate: Rate | None
@@ -65,7 +69,14 @@ class Position:
 
 def read_position(folder: Path) -> Position:
     """Where a run stands; a file that is missing or damaged says nothing."""
-    about, outcome = _mapping(folder / "environment.json"), _mapping(folder / "outcome.json")
+    # in this order, and once more where the two look like a run that was killed: it may have ended or been started
+    # again in between
+    about = _mapping(folder / "environment.json")
+    gone = _is_gone(about)
+    outcome = _mapping(folder / "outcome.json")
+    if gone and not outcome:
+        about = _mapping(folder / "environment.json")
+        gone = _is_gone(about)
     events = tail(folder / "events" / "rank-00000.jsonl")
     log = folder / "metrics.jsonl"
     lines = tail(log)
@@ -85,6 +96,7 @@ def read_position(folder: Path) -> Position:
         ended=_ended(events, folder / "outcome.json") if outcome else None,
         started=started,
         job=None if about.get("job") is None else str(about["job"]),
+        is_gone=gone,
         step=None if step is None else int(step),
         total=None if total is None else int(total),
         rate=_rate(present, [event for event in events if (_number(event.get("time")) or 0.0) >= since]),
@@ -92,6 +104,10 @@ def read_position(folder: Path) -> Position:
         metric=metric,
         value=None if metric is None else _last_value(log, lines, metric),
     )
+
+
+def _is_gone(about: dict[str, Any]) -> bool:
+    return is_gone(str(about.get("process") or ""))  # older folders have none
 
 
 def tail(path: Path, size: int = TAIL) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """`distkd status`: how far each run is, what its job does, and what to do where something is wrong.
 
 Files and the queue are read, nothing is changed. A run says itself when it ends; of one that was killed only the
-queue knows, or, without a queue, the age of its last line.
+queue knows, or the machine that it ran on, or, without either, the age of its last line.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ __all__ = ["ACTIVE", "RUNNING", "Row", "look"]
 RUNNING = ("running", "evaluating", "starting")
 ACTIVE = (*RUNNING, "queued again", "queued", "waiting")
 """States that change without anybody's help."""
+_LINGER_S = 120.0
+"""Ranks of a run that has ended may wait for a last scrape, `metrics.linger_s`: 30 s where nobody asks for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def _row(run: _Seen, end: EndedJob | None, queue: Mapping[str, QueuedJob] | None
         value=at.value,
         jobs=tuple(job for job in jobs if job.state) if state == "done" else jobs,
         advice=advice,
-        stale_targets=_stale_targets(folder, state, running),
+        stale_targets=_stale_targets(run, state, running, now),
     )
 
 
@@ -187,11 +189,12 @@ def _same_job(one: Row, other: Row) -> bool:
     return bool(one.jobs and other.jobs) and one.jobs[0].job == other.jobs[0].job
 
 
-def _stale_targets(folder: Path, state: str, running: Collection[str] | None) -> int:
+def _stale_targets(run: _Seen, state: str, running: Collection[str] | None, now: float) -> int:
     """How many ranks Prometheus still asks although nobody answers; a start of the run clears them, too."""
     if state in RUNNING:
         return 0
-    return len(stale(folder, ended=state not in ACTIVE, running_jobs=running))
+    lingers = run.at.ended is not None and now - run.at.ended <= _LINGER_S
+    return len(stale(run.folder, ended=state not in ACTIVE and not lingers, running_jobs=running))
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -128,7 +128,8 @@ def _below(rows: Sequence[Row], *, unasked: bool) -> list[str]:
     stale = [shown(row.folder) for row in rows if row.stale_targets]
     if stale:
         command = f"python -m distkd.metrics.targets --remove {' '.join(stale)}"
-        lines.append(f"Prometheus still asks ranks of {len(stale)} runs that do not run: {command}")
+        runs = "1 run that does" if len(stale) == 1 else f"{len(stale)} runs that do"
+        lines.append(f"Prometheus still asks ranks of {runs} not run: {command}")
     return lines
 
 

@@ -8,16 +8,16 @@ from itertools import pairwise
 from statistics import median_low
 from typing import Any
 
-from distkd.metrics.table import PHASES
+from distkd.metrics.table import OWN_WORK, PHASES
 from distkd.slurm.status import Row
 
-__all__ = ["Checkpoint", "Facts", "Interval", "Rank", "Ranks", "number"]
+__all__ = ["SLOW_RANK", "Checkpoint", "Facts", "Interval", "Rank", "Ranks", "number"]
 
 _RECENT_S = 10.0
 """What is going on now is the mean of so long, or of one line where lines are further apart."""
 
-_OWN_WORK = ("data", "forward", "optimizer")
-"""Phases in which a rank waits for no other."""
+SLOW_RANK = 1.3
+"""Straggler index from which on a rank is worth a word, as in the alert."""
 
 
 def number(value: Any) -> float | None:
@@ -69,12 +69,14 @@ class Ranks:
     step: int | None
     time: float | None
     ranks: Sequence[Rank]
+    own_work: Sequence[str] = OWN_WORK
+    """Phases in which a rank waits for no other."""
 
     def excess(self, rank: Rank) -> str | None:
         """The phase of its own work in which a rank loses most against the median; None where it loses in none."""
-        lost = {phase: rank.phases.get(phase, 0.0) - self.median_s(phase) for phase in _OWN_WORK}
-        worst = max(lost, key=lambda phase: lost[phase])
-        return worst if lost[worst] > 0 else None
+        lost = {phase: rank.phases.get(phase, 0.0) - self.median_s(phase) for phase in self.own_work}
+        worst = max(lost, key=lambda phase: lost[phase], default=None)
+        return worst if worst is not None and lost[worst] > 0 else None
 
     def median_s(self, phase: str) -> float:
         """Median over ranks, of two the lower one, of the seconds per step in a phase."""
@@ -158,8 +160,9 @@ class Facts:
     @property
     def step_s(self) -> float | None:
         """Seconds from step to step now."""
-        seconds, steps = (sum(getattr(i, name) or 0 for i in self._recent) for name in ("seconds", "steps"))
-        return seconds / steps if seconds and steps else None
+        timed = [interval for interval in self._recent if interval.seconds]
+        seconds, steps = sum(interval.seconds or 0.0 for interval in timed), sum(interval.steps for interval in timed)
+        return seconds / steps if steps else None
 
     @property
     def gap_s(self) -> float | None:
@@ -174,8 +177,8 @@ def _recent(intervals: Sequence[Interval]) -> list[Interval]:
     found: list[Interval] = []
     seconds = 0.0
     for interval in reversed(intervals):
-        if found and seconds + (interval.seconds or 0.0) > _RECENT_S:
-            break
+        if found and (interval.seconds is None or seconds + interval.seconds > _RECENT_S):
+            break  # one without a time has the start of the attempt: its steps are no measure of those after it
         found.append(interval)
         seconds += interval.seconds or 0.0
         if interval.seconds is None:

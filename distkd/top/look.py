@@ -12,7 +12,7 @@ from distkd.slurm.queue import QueuedJob, ended, queued
 from distkd.slurm.status import RUNNING, Row, look
 from distkd.top.facts import Facts
 from distkd.top.read import Reader
-from distkd.top.wrong import wrong
+from distkd.top.wrong import is_silent, wrong
 
 __all__ = ["Glance", "Looker", "for_scripts"]
 
@@ -98,6 +98,7 @@ def for_scripts(facts: Facts) -> dict[str, Any]:
     line, at, ranks = facts.line, facts.checkpoint, facts.ranks
     return {
         **facts.row.for_scripts(),
+        **(dict.fromkeys(("eta_s", "finish")) if is_silent(facts) else {}),
         "method": facts.setting("method", "name"),
         "attempt": facts.attempt,
         "world_size": facts.world_size,
@@ -108,7 +109,8 @@ def for_scripts(facts: Facts) -> dict[str, Any]:
         "samples_per_s_attempt": facts.samples_per_s_overall,
         "step_s": facts.step_s,
         "phases_s": facts.phases_s,
-        **{name: line.get(name) for name in ("loss", "parts", "gauges", "lr", "grad_norm", "skipped", "replaced")},
+        **{name: line.get(name) for name in ("loss", "parts", "gauges", "lr", "grad_norm")},
+        **{name: line.get(name, 0) if line else None for name in ("skipped", "replaced")},
         "val": facts.vals[-1]["val"] if facts.vals else None,
         "best": None if facts.best is None else {"step": facts.best[0], "value": facts.best[1]},
         "checkpoint": None if at is None else {"step": at.step, "age_s": facts.now - at.time, "seconds": at.seconds},

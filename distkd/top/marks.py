@@ -114,11 +114,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], width: int, trend
     shown = [i for i in range(len(head)) if i == 0 or any(_text(row[i]) for row in rows)]
     widths = {i: max(cell_len(_text(row[i])) for row in [head, *rows]) for i in shown}
     if trends is not None:
-        room = min(_MOST, max(_LEAST, width - sum(widths.values()) - 2 * len(shown)))
-        rows = [_with(row, trends, i, room) for i, row in enumerate(rows)]
-        shown = sorted({*shown, trends.column})
-        drawn = [head[trends.column], *(_text(row[trends.column]) for row in rows)]
-        widths[trends.column] = max(map(cell_len, drawn))
+        room = min(_MOST, width - sum(widths.values()) - 2 * len(shown))
+        if room >= _LEAST:  # names and numbers come first
+            rows = [_with(row, trends, i, room) for i, row in enumerate(rows)]
+            shown = sorted({*shown, trends.column})
+            drawn = [head[trends.column], *(_text(row[trends.column]) for row in rows)]
+            widths[trends.column] = max(map(cell_len, drawn))
     widths[0] = max(cell_len(head[0]), min(widths[0], max(8, width - sum(widths[i] + 2 for i in shown[1:]))))
     while len(shown) > 1 and widths[0] + sum(widths[i] + 2 for i in shown[1:]) > width:
         shown.pop()
@@ -129,12 +130,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], width: int, trend
             text, style = _text(row[i]), _style(row[i])
             space = " " * (widths[i] - cell_len(text))
             is_left = trends is not None and i == trends.column
-            cell = set_cell_size(text, widths[i]) if i == 0 else text + space if is_left else space + text
+            cell = _shortened(text, widths[i]) if i == 0 else text + space if is_left else space + text
             line.append("  " if i else "")
             line.append(cell, style=("bold" if i == 0 else "dim") if number == 0 else style)
         line.rstrip()
         lines.append(line)
     return lines
+
+
+def _shortened(text: str, width: int) -> str:
+    """A name of exactly that width; one that is longer loses its middle, as names differ at their ends."""
+    if cell_len(text) <= width or width < 6 or not text.isascii():
+        return set_cell_size(text, width)
+    tail = (width - 2) // 2
+    return text[: width - 2 - tail] + ".." + text[-tail:]
 
 
 def _with(row: Sequence[Cell], trends: Trends, number: int, room: int) -> list[Cell]:

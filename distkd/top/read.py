@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from distkd.allocation import read_jobs
+from distkd.metrics.table import OWN_WORK
 from distkd.slurm.status import Row
 from distkd.top.facts import Checkpoint, Facts, Interval, Rank, Ranks, number
 from distkd.top.follow import Follower
@@ -169,7 +170,9 @@ def _ranks(found: dict[str, Any]) -> Ranks | None:
         return None
     ranks = [_rank(each) for each in listed if isinstance(each, dict) and _whole(each.get("rank")) is not None]
     ranks.sort(key=lambda rank: (-(rank.straggler_index or 0.0), rank.rank))
-    return Ranks(_whole(found.get("step")), number(found.get("time")), ranks) if ranks else None
+    said = found.get("own_work")
+    own_work = tuple(phase for phase in OWN_WORK if phase in said) if isinstance(said, list) else OWN_WORK
+    return Ranks(_whole(found.get("step")), number(found.get("time")), ranks, own_work) if ranks else None
 
 
 def _rank(each: dict[str, Any]) -> Rank:

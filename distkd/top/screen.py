@@ -10,7 +10,7 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +29,28 @@ __all__ = ["lines_of", "live", "marks_of"]
 
 _AWAKE_S = 0.2
 """Keys and new sizes of the window are looked for so often."""
+_LOCALE = ("LC_ALL", "LC_CTYPE", "LANG")
+"""The first one that is set counts."""
 _SLOW_S = 5.0
 """A reading that takes longer is worth a word."""
 
 
 def marks_of(console: Console) -> Marks:
-    return ASCII if console.options.ascii_only else BLOCKS
+    return ASCII if console.options.ascii_only or _is_plain(_began_with()) else BLOCKS
+
+
+def _is_plain(environ: Mapping[str, str]) -> bool:
+    """Whether the locale for characters is C or POSIX, by its name."""
+    return next((found for name in _LOCALE if (found := environ.get(name))), "") in ("C", "POSIX")
+
+
+def _began_with() -> Mapping[str, str]:
+    """The environment that this process was started with: Python writes over LC_CTYPE where the locale is C."""
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return os.environ
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in (entry.partition(b"=") for entry in entries)}
 
 
 def lines_of(glance: Glance, console: Console, height: int | None, foot: str = "") -> list[Text]:

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from distkd.slurm.judge import duration
 from distkd.slurm.status import RUNNING
-from distkd.top.facts import Facts, Ranks, number
+from distkd.top.facts import SLOW_RANK, Facts, Ranks, number
 from distkd.top.fit import Section
 from distkd.top.marks import Cell, Marks, Trends, change, milliseconds, percent, short, table
-from distkd.top.wrong import wrong
+from distkd.top.wrong import is_silent, wrong
 
 __all__ = ["agreement", "banks", "header", "kept", "losses", "other_gauges", "phases", "problems", "ranks", "speed"]
 
@@ -22,7 +22,6 @@ _COLOURS = {"running": "green", "evaluating": "green", "starting": "green", "fai
             "interrupted": "yellow", "cancelled": "yellow"}  # fmt: skip
 _HEADINGS = {"data": "data", "forward": "forw", "backward": "backw", "collective": "coll", "optimizer": "optim",
              "checkpoint": "ckpt"}  # fmt: skip
-_SLOW = 1.25
 _STALE_S = 60.0
 _TREND = 8
 """Cells that a trend needs to be seen."""
@@ -68,7 +67,7 @@ def _progress(facts: Facts, width: int, marks: Marks) -> list[Text]:
     epoch, epochs = number(facts.line.get("epoch")), number(facts.setting("run", "epochs"))
     if epoch is not None:
         words.append(f"epoch {epoch + 1:.0f}" + (f"/{epochs:.0f}" if epochs is not None else ""))
-    if row.eta_s and row.finish is not None:  # none left means that it should be there and is silent
+    if row.eta_s and row.finish is not None and not is_silent(facts):  # with none left it should be there: silent, too
         words.append(f"ETA {duration(row.eta_s)} ({_clock(row.finish, facts.now)})")
     elif row.ended is not None and row.state not in RUNNING:
         words.append(f"ended {duration(max(0.0, facts.now - row.ended))} ago")
@@ -193,10 +192,11 @@ def kept(facts: Facts, width: int) -> Section:
         line = Text(no_wrap=True)
         line.append("val", style="bold")
         line.append(f"  {row.metric} {short(number(last['val'].get(row.metric)))} at step {last.get('step')}")
-        if facts.best is not None:
-            line.append(f", best {short(facts.best[1])} at step {facts.best[0]}")
+        best = facts.best
+        entries = [] if best is None else [(f", best {short(best[1])} at step {best[0]}", "")]
         others = [f"{k} {short(number(v))}" for k, v in last["val"].items() if k != row.metric]
-        line.append("; " + ", ".join(others) if others else "", style="dim")
+        entries += [((", " if i else "; ") + words, "dim") for i, words in enumerate(others)]
+        _append_whole(line, entries, width)
         lines.append(line)
     line = Text("checkpoint", style="bold", no_wrap=True)
     if facts.checkpoint is not None:
@@ -208,6 +208,17 @@ def kept(facts: Facts, width: int) -> Section:
         line.append("  none yet", style="not bold")
         lines.append(line)
     return Section(_cut(lines, width), 5, least=len(lines))
+
+
+def _append_whole(line: Text, entries: Sequence[tuple[str, str]], width: int) -> None:
+    """As many of the entries, each with its style, as fit in full, and a sign that there are more."""
+    more = " ..."
+    for i, (words, style) in enumerate(entries):
+        rest = len(more) if i < len(entries) - 1 else 0
+        if line.cell_len + len(words) + rest > width:
+            line.append(more if line.cell_len + len(more) <= width else "", style="dim")
+            return
+        line.append(words, style=style)
 
 
 def _optimizer(newest: dict[str, Any]) -> Text:
@@ -230,7 +241,7 @@ def ranks(facts: Facts, width: int) -> Section:
     rows: list[list[Cell]] = []
     for rank in found.ranks:
         index = rank.straggler_index
-        is_slow = index is not None and index >= _SLOW and len(found.ranks) > 1
+        is_slow = index is not None and index >= SLOW_RANK and len(found.ranks) > 1
         memory = rank.gpu_memory_bytes
         rows.append([
             f" {rank.rank}",
@@ -257,7 +268,7 @@ def _without_ranks(facts: Facts) -> list[Text]:
         return []
     line = Text("rank", style="bold", no_wrap=True)
     line.append(
-        f"  {slowest:.0f} is the slowest, {index:.2f}x the median; no ranks.json tells of all", style="not bold"
+        f"  {slowest:.0f} is the slowest, a step {index:.2f}x as long; no ranks.json tells of all", style="not bold"
     )
     return [line]
 

@@ -7,15 +7,11 @@ from statistics import median
 
 from distkd.slurm.judge import duration
 from distkd.slurm.status import RUNNING
-from distkd.top.facts import Facts, number
+from distkd.top.facts import SLOW_RANK, Facts, number
 
-__all__ = ["wrong"]
+__all__ = ["is_silent", "wrong"]
 
 _SILENT_S = 30.0
-_SLOW_RANK = 1.25
-"""Times the median's own work from which on a rank is worth a word."""
-_SLOW_SHARE = 0.05
-"""Share of a step that it must cost; of very short steps a rank has a slow one now and then."""
 _WAITING_SHARE = 0.3
 """Share of a step that may be spent on waiting for data."""
 _DROP = 0.6
@@ -27,6 +23,9 @@ _HELP = {
     "forward": "its device is slow or shared: look at clocks, temperature and other processes there, or leave it out",
     "optimizer": "its device is slow or shared: look at clocks, temperature and other processes there, or leave it out",
 }
+_HELP_CPU = "its cores are shared: look for other processes on them, and whether each rank has cores of its own"
+_READINGS = 3
+"""So many times in a row it is the same rank: of short steps, any one is the slowest now and then."""
 
 
 def wrong(facts: Facts) -> list[str]:
@@ -39,14 +38,20 @@ def wrong(facts: Facts) -> list[str]:
     return words + _silent(facts) + _losses(facts) + _checkpoints(facts) + _slow_rank(facts) + _slow(facts)
 
 
+def is_silent(facts: Facts) -> bool:
+    """Whether a run that goes on should have been heard of since."""
+    age_s, gap_s = facts.row.news_age_s, facts.gap_s
+    if facts.row.state not in RUNNING or facts.row.state == "evaluating" or age_s is None or gap_s is None:
+        return False
+    return age_s > max(_SILENT_S, 3 * gap_s)
+
+
 def _silent(facts: Facts) -> list[str]:
     age_s, gap_s = facts.row.news_age_s, facts.gap_s
-    if facts.row.advice or age_s is None or gap_s is None or facts.row.state == "evaluating":
-        return []
-    if age_s <= max(_SILENT_S, 3 * gap_s):
+    if facts.row.advice or age_s is None or gap_s is None or not is_silent(facts):
         return []
     before = f"before, lines came every {duration(gap_s)} or sooner"
-    return [f"no news for {duration(age_s)}; {before}: a long validation, or a rank that hangs"]
+    return [f"no news for {duration(age_s)}; {before}: a long validation, or a rank that hangs, or it was killed"]
 
 
 def _losses(facts: Facts) -> list[str]:
@@ -78,19 +83,38 @@ def _checkpoints(facts: Facts) -> list[str]:
 
 
 def _slow_rank(facts: Facts) -> list[str]:
+    found = _straggler(facts)
+    if found is None:
+        return []
+    number_of, index = found
+    words = f"rank {number_of} makes a step {index:.2f}x as long, all wait for it"
     ranks = facts.ranks
-    if ranks is None or len(ranks.ranks) < 2 or (facts.started or 0.0) > (ranks.time or 0.0):
+    if ranks is not None and not ranks.own_work:
         return []
-    slowest = ranks.ranks[0]
-    index, phase = slowest.straggler_index or 0.0, ranks.excess(slowest)
-    if index < _SLOW_RANK or phase is None:
-        return []
-    own_s, usual_s = slowest.phases.get(phase, 0.0), ranks.median_s(phase)
-    step_s = sum(slowest.phases.values())
-    if own_s - usual_s < _SLOW_SHARE * step_s:
-        return []
+    slow = None if ranks is None else next((rank for rank in ranks.ranks if rank.rank == number_of), None)
+    phase = None if ranks is None or slow is None else ranks.excess(slow)
+    if ranks is None or slow is None or phase is None or (facts.started or 0.0) > (ranks.time or 0.0):
+        return [words]
+    own_s, usual_s = slow.phases.get(phase, 0.0), ranks.median_s(phase)
     times = f"{1000 * own_s:.3g} ms a step in {phase!r}, the median {1000 * usual_s:.3g} ms"
-    return [f"rank {slowest.rank} takes {index:.2f}x the median's time, all wait for it: {times}; {_HELP[phase]}"]
+    help = _HELP_CPU if facts.device == "cpu" and phase != "data" else _HELP[phase]
+    return [f"{words}: {times}; {help}"]
+
+
+def _straggler(facts: Facts) -> tuple[int, float] | None:
+    """A rank that was slow in each of the last readings, and how slow it was in the middle one of them."""
+    if (facts.world_size or 2) < 2:
+        return None
+    readings: list[tuple[float, float]] = []
+    for line in facts.lines[-10 * _READINGS :]:
+        timings = line.get("timings") or {}
+        rank, index = number(timings.get("straggler_rank")), number(timings.get("straggler_index"))
+        if rank is not None and index is not None and (number(line.get("time")) or 0.0) >= (facts.started or 0.0):
+            readings.append((rank, index))
+    last = readings[-_READINGS:]
+    if len(last) < _READINGS or len({rank for rank, _ in last}) > 1 or min(index for _, index in last) < SLOW_RANK:
+        return None
+    return int(last[0][0]), median(index for _, index in last)
 
 
 def _slow(facts: Facts) -> list[str]:

@@ -43,11 +43,14 @@ class Flops:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Around the first step of an attempt, which takes some milliseconds more and computes the same."""
+        """Around the first step of an attempt, which takes some milliseconds more and computes the same.
+
+        What cannot be counted leaves `per_step` at 0.
+        """
         self.can_count = False
         with _Counter() as counter:
             yield
-        self.per_step = counter.total
+        self.per_step = 0 if counter.failed else counter.total
 
 
 class _Counter(TorchDispatchMode):
@@ -60,12 +63,16 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         from torch.utils.flop_counter import flop_registry  # loads slowly, and only who exports needs it
 
+        self.failed = False
         self.known: dict[Any, Callable[..., int]] = flop_registry
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         out = func(*args, **options)
-        if (count := self.known.get(func.overloadpacket)) is not None:
-            self.total += count(*args, **options, out_val=out)
+        count = self.known.get(func.overloadpacket)
+        try:
+            self.total += 0 if count is None else count(*args, **options, out_val=out)
+        except Exception:  # noqa: BLE001 - torch's formulas do not know every shape, and who looks must not disturb
+            self.failed = True
         return out

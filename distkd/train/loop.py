@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from distkd.base import Batch, StepOutput, World
-from distkd.comm.world import barrier, broadcast_object, observed
+from distkd.comm.world import all_reduce_max, barrier, broadcast_object, observed
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
 from distkd.engines import Update
-from distkd.errors import TakenOverError
+from distkd.errors import Interrupted, TakenOverError
+from distkd.metrics.exporter import check_files
 from distkd.metrics.meters import Stopwatch
 from distkd.metrics.sinks import check_sinks
 from distkd.train import checkpoint
@@ -45,15 +46,23 @@ LOOK_EVERY = 200
 """Steps after which all rows of the memory banks are gone through again, at a logging step."""
 
 
-def train(settings: Settings, world: World, *, allow_change: bool = False) -> Path:
+def train(settings: Settings, world: World, *, allow_change: bool = False, followed: bool = False) -> Path:
     """Train one stage to its end and export the student, resuming by itself; returns the run folder.
+
+    Args:
+        settings: of the stage.
+        world: the ranks that train it.
+        allow_change: go on in a folder that was made with another config.
+        followed: another stage comes after this one.
 
     Raises:
         DistkdError: user errors, before or during training; `outcome.json` says the same.
-        Interrupted: a signal asked for a stop and a complete checkpoint was written.
+        Interrupted: a signal asked for a stop and a complete checkpoint was written; or, where another stage follows,
+            it came when this one was all but done.
     """
     check_config(settings, allow_change=allow_change)
     check_sinks(settings.metrics)
+    check_files(settings.metrics)
     folder = settings.folder
     outcome = broadcast_object(read_outcome(folder), world)
     if outcome is not None and outcome["state"] == "done" and not allow_change:
@@ -70,8 +79,16 @@ def train(settings: Settings, world: World, *, allow_change: bool = False) -> Pa
             error = met_alone(error, folder)
             run.close(error)
             raise error
-        run.close(None)
+        run.close(None, stop_flag.is_set)
+        if followed and _any_rank_is_asked(job, stop_flag):
+            raise Interrupted(f"stopped as asked when {folder} was done; start again for the stages after it")
     return folder
+
+
+def _any_rank_is_asked(job: Job, stop_flag: StopFlag) -> bool:
+    """Whether a stop came too late for this stage. One all-reduce."""
+    asked = torch.tensor(float(stop_flag.is_set()), device=job.device)
+    return all_reduce_max(asked, job.world).item() > 0
 
 
 def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[StepOutput, Update]:
@@ -116,9 +133,9 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
         validate(run)
     batches = train_batches(job.dataset, plan, job.world, job.passes, run.step, observer.backlog)
     job.method.trainable.train()
+    observer.begin()
     with closing(batches), observed(watch.waiting):
         while run.step < plan.n_steps:
-            began = time.perf_counter()
             with watch.phase("data"):
                 step, passes = next(batches)
             assert step == run.step, (step, run.step)
@@ -129,7 +146,7 @@ def fit(run: Run, stop_flag: StopFlag) -> None:
                 skip(run, left_out)
             run.step += 1
             watch.lap()
-            observer.step(run.step, time.perf_counter() - began, sum(map(len, passes)))
+            observer.step(run.step, sum(map(len, passes)))
 
             ended_epoch = run.step % plan.steps_per_epoch == 0
             checkpoint_due = run.step % (config.checkpoint_every or plan.steps_per_epoch) == 0

@@ -11,13 +11,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from distkd.comm import world as comm
 from distkd.data.loader import Backlog
-from distkd.errors import NonFiniteError
+from distkd.errors import Interrupted, NonFiniteError
 from distkd.metrics.ledger import Ledger
 from distkd.train.flops import Flops
 from distkd.train.job import Job
@@ -53,9 +52,13 @@ class Observer:
         self.backlog = Backlog()
         self.flops = Flops(job)
         self._job = job
-        self._path = folder / RANKS if job.world.is_main else None
-        self._written = -math.inf
-        self._traffic = job.engine.traffic(job.passes)
+        self._path = folder / RANKS
+        self._written, self._warned = -math.inf, False
+        self._last: tuple[int, list[RankShare]] | None = None
+        """A reading that `ranks.json` does not have yet."""
+        self._began = time.perf_counter()
+        self._saver: Saver | None = None
+        self._traffic = job.engine.traffic(job.passes, follows=job.method.follows_weights)
         self._calls, self._bytes = comm.counts.copy(), comm.moved_bytes.copy()
         self.ledger.live("distkd_loader_queue_depth", self.backlog)
 
@@ -65,7 +68,6 @@ class Observer:
         ledger.set("distkd_train_step", step)
         ledger.set("distkd_last_step_timestamp_seconds", time.time())
         ledger.set("distkd_evaluating", 0)
-        ledger.set("distkd_device_peak_flops_per_second", self.flops.peak)
         for name in ("distkd_steps_total", "distkd_samples_total", "distkd_shard_errors_total",
                      "distkd_skipped_samples_total"):  # fmt: skip
             ledger.add(name, 0)  # a counter that begins at 0 shows its first rise
@@ -75,36 +77,42 @@ class Observer:
         ledger.set("distkd_train_epoch", self._job.plan.epoch_of(step) if step < self._job.plan.n_steps else None)
         ledger.set("distkd_restarts", attempt - 1)
         ledger.set("distkd_run_finished", 0)
+        ledger.set("distkd_run_stopped", 0)
         ledger.add("distkd_skipped_steps_total", 0)
         for result in ("written", "failed"):
             ledger.add("distkd_checkpoints_total", 0, result)
 
     def watch_saver(self, saver: Saver) -> None:
         """On the main rank, which alone knows when a checkpoint is whole."""
+        self._saver = saver
         self.ledger.live("distkd_checkpoint_age_seconds", lambda: time.time() - saver.begun)
         self.ledger.live("distkd_checkpoint_write_seconds", lambda: saver.newest_s)
 
-    def checkpoint(self, result: Literal["written", "failed"]) -> None:
-        """How a checkpoint ended."""
-        if self._job.world.is_main:
-            self.ledger.add("distkd_checkpoints_total", 1, result)
+    def begin(self) -> None:
+        """The first step is about to start."""
+        self._began = time.perf_counter()
 
     def end(self, error: BaseException | None) -> None:
         """The run is done, or ends with an error."""
+        self._count_failures()
         if not self._job.world.is_main:
             return
         self.ledger.set("distkd_run_finished", float(error is None))
+        self.ledger.set("distkd_run_stopped", float(isinstance(error, Interrupted)))
         if isinstance(error, NonFiniteError):
             self.ledger.set("distkd_loss", math.nan, "total")
+        if self._last is not None:
+            self._write_ranks(*self._last)
 
     def phases(self, seconds: Mapping[str, float]) -> None:
         """A step's seconds by phase, once they are known."""
         for phase, passed in seconds.items():
             self.ledger.observe("distkd_step_seconds", passed, phase)
 
-    def step(self, step: int, wall_s: float, n_samples: int) -> None:
+    def step(self, step: int, n_samples: int) -> None:
         """A step lies behind this rank."""
-        ledger = self.ledger
+        ledger, now = self.ledger, time.perf_counter()
+        wall_s, self._began = now - self._began, now
         ledger.set("distkd_train_step", step)
         ledger.add("distkd_steps_total", 1)
         ledger.add("distkd_samples_total", n_samples)
@@ -112,6 +120,7 @@ class Observer:
         ledger.set("distkd_last_step_timestamp_seconds", time.time())
         if self.flops.per_step:
             ledger.add("distkd_flops_total", self.flops.per_step)
+        self._count_failures()
 
     def reading(self, step: int, reading: Reading, lr: float) -> None:
         """What all ranks know at a logging step."""
@@ -119,8 +128,7 @@ class Observer:
         share = reading.ranks[job.world.rank]
         self._count_collectives(share.steps)
         ledger.set("distkd_straggler_index", share.index)
-        ledger.set_counter("distkd_shard_errors_total", job.dataset.failures)
-        ledger.set_counter("distkd_skipped_samples_total", job.dataset.unreadable.replaced)
+        ledger.set("distkd_device_peak_flops_per_second", self.flops.peak if self.flops.per_step else None)
         for kind, value in gpu_memory(job.device).items():
             ledger.set("distkd_gpu_memory_bytes", value, kind)
         if not job.world.is_main:
@@ -132,7 +140,9 @@ class Observer:
         ledger.set("distkd_lr", lr)
         ledger.set("distkd_train_epoch", job.plan.epoch_of(max(0, step - 1)))
         self._gauges(gauges)
-        self._write_ranks(step, reading.ranks)
+        self._last = step, reading.ranks
+        if time.monotonic() - self._written >= _EVERY_S:
+            self._write_ranks(*self._last)
 
     def skipped(self) -> None:
         """The update of a step was left out, on all ranks."""
@@ -142,11 +152,13 @@ class Observer:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Around the scoring of a split."""
+        start = time.perf_counter()
         self.ledger.set("distkd_evaluating", 1)
         try:
             yield
         finally:
             self.ledger.set("distkd_evaluating", 0)
+            self._began += time.perf_counter() - start  # it is no part of a step
 
     def scored(self, split: str, metrics: Mapping[str, float | None]) -> None:
         """A split was scored."""
@@ -162,9 +174,19 @@ class Observer:
         for name, size in self._traffic.items():
             calls[name], moved[name] = steps, steps * size
         for name, count in calls.items():
-            if count > 0:  # a test may have set it back
+            if count:
                 self.ledger.add("distkd_collectives_total", count, name)
-                self.ledger.add("distkd_collective_bytes_total", max(0, moved.get(name, 0)), name)
+                if name in moved:  # objects are pickled on the way, by torch
+                    self.ledger.add("distkd_collective_bytes_total", moved[name], name)
+
+    def _count_failures(self) -> None:
+        """What went wrong without an end: noticed by other threads, told with the next step."""
+        dataset, ledger = self._job.dataset, self.ledger
+        ledger.set_counter("distkd_shard_errors_total", dataset.failures)
+        ledger.set_counter("distkd_skipped_samples_total", dataset.unreadable.replaced)
+        if self._saver is not None:
+            ledger.set_counter("distkd_checkpoints_total", self._saver.n_written, "written")
+            ledger.set_counter("distkd_checkpoints_total", self._saver.n_failed, "failed")
 
     def _gauges(self, gauges: Mapping[str, float]) -> None:
         weights: dict[str, float] = {}
@@ -196,17 +218,19 @@ class Observer:
 
     def _write_ranks(self, step: int, ranks: list[RankShare]) -> None:
         """For people who look: not flushed to disk, and not often enough to be felt."""
-        if self._path is None or time.monotonic() - self._written < _EVERY_S:
-            return
-        self._written = time.monotonic()
-        text = json.dumps({"step": step, "time": round(time.time(), 3), "ranks": [share.row() for share in ranks]})
+        self._last, self._written = None, time.monotonic()
+        about = {"step": step, "time": round(time.time(), 3), "own_work": self._job.engine.own_work}
+        text = json.dumps({**about, "ranks": [share.row() for share in ranks]})
         aside = self._path.with_name(f".{RANKS}.{os.getpid()}")
         try:
             aside.write_text(text + "\n")
             aside.replace(self._path)
         except OSError as error:
-            log.warning("%s cannot be written: %s", self._path, error.strerror)
-            self._path = None
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+            if not self._warned:
+                self._warned = True
+                log.warning("%s cannot be written: %s", self._path, error.strerror)
 
 
 def groups_of(means: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:

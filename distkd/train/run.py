@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from distkd.allocation import Allocation, note_job
 from distkd.base import UNLABELLED
 from distkd.comm.world import broadcast_object
 from distkd.data.plan import Plan
+from distkd.data.remote.transport import is_url, masked
 from distkd.errors import ConfigError, DataError, DiskError, Interrupted, NonFiniteError
 from distkd.files import DISK_FAULTS, read_json, write_json
 from distkd.metrics import targets
@@ -34,8 +36,12 @@ from distkd.train.job import Job
 from distkd.train.observe import Observer
 from distkd.train.progress import Progress
 from distkd.train.saver import Fate, Saver
+from distkd.train.settings import Settings
 
 __all__ = ["Run", "met_alone", "samples_per_pass"]
+
+_LAST_WORDS_S = 5.0
+"""How long the main rank of a run that ends early may wait for a scrape: who stops it may be waiting, too."""
 
 
 @dataclass(slots=True)
@@ -104,7 +110,7 @@ class Run:
                 step=self.step,
                 run=settings.run.name,
                 method=settings.method.name,
-                settings=settings.model_dump(mode="json"),
+                settings=_without_secrets(settings),
             )
             self.progress = Progress(settings.run.name, job.plan.n_steps, self.step, _plan_in_words(job))
         self.events.add("start", attempt=self.attempt, step=self.step, world_size=job.world.size)
@@ -159,10 +165,8 @@ class Run:
 
     def _saved(self, fate: Fate) -> None:
         if fate.error is None:
-            self.observer.checkpoint("written")
             self.events.add("checkpoint", step=fate.step, seconds=round(fate.seconds, 4))
         else:
-            self.observer.checkpoint("failed")
             self.events.add("checkpoint_failed", step=fate.step, reason=fate.error)
 
     def _make_folder(self) -> ConfigError | DiskError | None:
@@ -180,6 +184,7 @@ class Run:
                 n_steps=job.plan.n_steps,
                 started=round(time.time(), 3),
                 job=None if allocation is None else allocation.job,
+                process=targets.identity(),
             )
             write_json(self.folder / "environment.json", about)
             if allocation is not None:
@@ -239,12 +244,17 @@ class Run:
         for sample, why in dataset.unreadable.news():
             self.events.add("unreadable", step=self.step, sample=dataset.describe(sample)["key"], message=why)
 
-    def close(self, error: BaseException | None) -> None:
-        """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`."""
+    def close(self, error: BaseException | None, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Say how this attempt ended; every rank to its events, the main rank to `outcome.json`.
+
+        Args:
+            error: what ended it; None where the run is done.
+            hurry: whether somebody waits for this process to be gone, so that it stops waiting for a last scrape.
+        """
         self.observer.end(error)
-        together = error is None or isinstance(error, NonFiniteError)
-        if self.exporter is not None and not together:  # first: whoever is slow to end may be killed on the way
-            self.exporter.close(last=False)
+        linger_s = self._linger_s(error)
+        if self.exporter is not None and not linger_s:  # first: whoever is slow to end may be killed on the way
+            self.exporter.withdraw()
         self.saver.abandon()
         self.note_unreadable()
         state, kind = _ending(error)
@@ -256,8 +266,25 @@ class Run:
             write_outcome(self.folder, state=state, step=self.step, attempt=self.attempt, kind=kind, message=message)
         if self.sinks is not None:  # W&B may take seconds for its last uploads
             self.sinks.close(state)
-        if self.exporter is not None and together:  # no rank waits for another: there is time for a last scrape
-            self.exporter.close(last=True)
+        if self.exporter is not None:
+            self.exporter.close(linger_s=linger_s, until=hurry)
+
+    def _linger_s(self, error: BaseException | None) -> float:
+        """How long to wait for a scrape, so that a server knows how the run ended, and not only that it is gone."""
+        asked = self.job.settings.metrics.linger_s
+        if error is None:
+            return asked
+        if self.job.world.is_main and isinstance(error, Interrupted | NonFiniteError):
+            return min(asked, _LAST_WORDS_S)  # these end all ranks together, and the others wait for the main one
+        return 0.0
+
+
+def _without_secrets(settings: Settings) -> dict[str, Any]:
+    """The config as it may leave this machine: a URL or a command of shards may hold a token."""
+    config = settings.model_dump(mode="json")
+    if isinstance(config["data"]["shards"], str) and is_url(config["data"]["shards"]):
+        config["data"]["shards"] = masked(config["data"]["shards"])
+    return config
 
 
 def _ending(error: BaseException | None) -> tuple[Ending, str | None]:

@@ -123,6 +123,9 @@ class Saver:
     """When the newest whole checkpoint was begun, as the main rank knows; the start without one."""
     newest_s: float | None = None
     """How long it took to write."""
+    n_written: int = 0
+    n_failed: int = 0
+    """Of this attempt, as this rank knows; on the main rank whole checkpoints, before the others are told."""
     failures: int = 0
     _buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     _thread: threading.Thread | None = None
@@ -240,6 +243,8 @@ class Saver:
             fate.error = getattr(error, "strerror", None) or str(error)
         except Exception as error:  # noqa: BLE001 - it is raised where the fate is agreed on
             fate.error = f"{type(error).__name__}: {error}"
+        self.n_written += fate.error is None
+        self.n_failed += fate.error is not None
         fate.seconds = time.perf_counter() - start
         self._fate = fate
 

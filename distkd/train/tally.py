@@ -24,10 +24,7 @@ from distkd.train.finite import FiniteGuard
 from distkd.train.job import Job
 from distkd.train.signals import Pacing, StopFlag
 
-__all__ = ["OWN_WORK", "RankShare", "Reading", "Tally", "gpu_memory"]
-
-OWN_WORK = ("data", "forward", "optimizer")
-"""Phases in which no rank waits for another; a backward waits for the gradients of all."""
+__all__ = ["RankShare", "Reading", "Tally", "gpu_memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +33,17 @@ class RankShare:
 
     rank: int
     busy_s: float
-    """Of a step, in phases where no rank waits for another."""
+    """Of a step, in phases where no rank waits for another: the engine's `own_work`."""
     wall_s: float
     """Of all steps since then."""
     steps: int
     index: float | None
-    """Its `busy_s` over the median of all ranks; None for a single rank, or where that is not known yet."""
+    """Time of a step at this rank's pace over that at the median's; None for a single rank, or while not known.
+
+    (base + busy_s - m) / base with m the median of `busy_s` over ranks, of two the lower one. base is what a step takes
+    without the wait for the slowest rank: the median over ranks of a step's phases without checkpoints, less
+    max(busy_s) - m, and at least m.
+    """
     phases: dict[str, float]
     """Seconds of a step."""
     queue: int | None
@@ -137,7 +139,7 @@ class Tally:
         reduced = self._meter.reduce(self.job.world, flag=asked, own=own)
         self.guard.check(reduced.means.get("loss", 0.0), reduced.means.get("grad_norm", 0.0))
         self._pacing.learn(max(wall_s for wall_s, *_ in reduced.by_rank) / max(1, self._steps))
-        shares = _shares(reduced.by_rank, self._steps)
+        shares = _shares(reduced.by_rank, self._steps, self.job.engine.own_work)
         self._steps, self._since = 0, now
         replaced = int(sum(replaced for _, replaced, *_ in reduced.by_rank))
         if any(n_untold for _, _, n_untold, *_ in reduced.by_rank):  # known to all ranks, so all go this way
@@ -180,20 +182,22 @@ class Tally:
         return all_reduce_max(asked, self.job.world).item() > 0
 
 
-def _shares(by_rank: Sequence[Sequence[float]], steps: int) -> list[RankShare]:
+def _shares(by_rank: Sequence[Sequence[float]], steps: int, own_work: Sequence[str]) -> list[RankShare]:
     """What each rank has said of itself, and how its own work compares; on the device's timeline some know no step."""
-    phases = [dict(zip(PHASES, numbers[-len(PHASES) :], strict=True)) for numbers in by_rank]
-    busy = [sum(of_rank[phase] for phase in OWN_WORK) for of_rank in phases]
+    phases: list[dict[str, float]] = [dict(zip(PHASES, row[-len(PHASES) :], strict=True)) for row in by_rank]
+    busy = [sum(of_rank[phase] for phase in own_work) for of_rank in phases]
     # of two ranks the faster one, so that the slower one shows with all that it is slower
     median = statistics.median_low(busy)
-    comparable = len(busy) > 1 and median > 0 and all(n_laps for *_, n_laps in (row[3:6] for row in by_rank))
+    step_s = statistics.median_low(sum(of_rank.values()) - of_rank["checkpoint"] for of_rank in phases)
+    base = max(median, step_s - (max(busy) - median))
+    comparable = len(busy) > 1 and base > 0 and all(n_laps for *_, n_laps in (row[3:6] for row in by_rank))
     return [
         RankShare(
             rank=rank,
             busy_s=busy[rank],
             wall_s=wall_s,
             steps=steps,
-            index=busy[rank] / median if comparable else None,
+            index=(base + busy[rank] - median) / base if comparable else None,
             phases={name: passed for name, passed in phases[rank].items() if passed},
             queue=None if queue < 0 else int(queue),
             gpu_memory_bytes=None if memory < 0 else int(memory),
@@ -203,7 +207,7 @@ def _shares(by_rank: Sequence[Sequence[float]], steps: int) -> list[RankShare]:
 
 
 def _straggler(shares: Sequence[RankShare]) -> dict[str, float]:
-    """The rank with most work of its own, and how many times the median's that is; nothing for one rank."""
+    """The rank with most work of its own, and its index; nothing for one rank."""
     known = [(share.index, -share.rank) for share in shares if share.index is not None]
     if not known:
         return {}

@@ -32,6 +32,7 @@ __all__ = [
     "lines_of",
     "panels_of",
     "rows_of",
+    "run_named",
     "substituted",
     "window_of",
 ]
@@ -40,6 +41,8 @@ FILE = Path(__file__).resolve().parent / "grafana" / "distkd.json"
 TIMEOUT_S = 30
 _POINTS = 240
 _LOOK_BACK = "30d"
+_SCRAPE_S = 60.0
+"""Servers ask at least so often."""
 _AFTER_S = 3600.0
 """A run is scored after its last step; it is still shown then."""
 
@@ -192,6 +195,12 @@ def known_runs(server: Server, end: float) -> list[str]:
     return sorted(series["metric"].get("run", "") for series in found)
 
 
+def run_named(server: Server, text: str, now: float) -> str:
+    """The run that a user means: its name, or a path that ends in it."""
+    name = text.rstrip("/").rpartition("/")[2]
+    return name if name != text and name in known_runs(server, now) else text
+
+
 def window_of(server: Server, run: str, minutes: float, now: float) -> Window:
     """The last minutes of a run, up to now or to its last step; shorter if the run is.
 
@@ -215,7 +224,8 @@ def window_of(server: Server, run: str, minutes: float, now: float) -> Window:
         raise DashboardError(f"{server.url} has no numbers of run {run!r} at its last step; was its rank 0 scraped?")
     end = times[-1]
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    scrape = max(0.1, statistics.median(gaps)) if gaps else 15.0
+    # of a run that was killed soon and begun again, most of the few gaps are pauses
+    scrape = max(0.1, min(_SCRAPE_S, statistics.median(gaps))) if gaps else 15.0
     start = min(times[0], end - 4 * scrape)
     # in whole milliseconds and backwards from the end, so that what came last is among what a range query looks at
     step_ms = math.ceil(1000 * max(scrape, (end - start) / _POINTS))

@@ -27,6 +27,8 @@ from dashboard import (
     lines_of,
     panels_of,
     rows_of,
+    run_named,
+    substituted,
     window_of,
 )
 from matplotlib.axes import Axes
@@ -39,6 +41,7 @@ __all__ = ["main"]
 # pixels; a unit is the height of one row of the dashboard's grid
 WIDTH, UNIT, GAP, HEADER = 1600, 34, 8, 60
 _COLUMNS = 24
+_DEVICES = 'count by (device) (last_over_time(distkd_rank_info{run=~"$run"}[$__range]))'
 _LEGEND_LINE = 16
 _ROUND_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Ask, draw, write; 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:9090", help="of the Prometheus; may hold user:password@")
-    parser.add_argument("--run", required=True, help="its name, as the label `run` has it")
+    parser.add_argument("--run", required=True, help="its name, as the label `run` has it, or its folder")
     parser.add_argument("--minutes", type=float, default=30.0, help="how much of its end is shown, at most (30)")
     parser.add_argument("--output", type=Path, default=Path("dashboard.png"), help="PNG, SVG or PDF")
     parser.add_argument("--light", action="store_true", help="dark letters on white")
@@ -59,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_output(options.output)
         dashboard = _read(options.dashboard)
         server = Server(options.url)
-        window = window_of(server, options.run, options.minutes, time.time())
-        picture = Picture(LIGHT if options.light else DARK, server, dashboard, options.run, window)
+        run = run_named(server, options.run, time.time())
+        window = window_of(server, run, options.minutes, time.time())
+        picture = Picture(LIGHT if options.light else DARK, server, dashboard, run, window)
         _write(picture.draw(), options.output)
     except DashboardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.output}: {_clock(window.start)} to {_clock(window.end)} of run {options.run}")
+    print(f"{options.output}: {_clock(window.start)} to {_clock(window.end)} of run {run}")
     return 0
 
 
@@ -100,6 +104,8 @@ class Picture:
         height = max(panel.y + panel.h for panel in self.panels) * UNIT + HEADER + GAP
         self.sheet = Sheet(look, WIDTH, height)
         self.alerts = alert_spans(server, dashboard, run, window)
+        devices = server.instant(substituted(_DEVICES, run, window), window.end)
+        self.is_cpu = {one["metric"].get("device") for one in devices} == {"cpu"}
 
     def draw(self) -> Figure:
         """The whole of it."""
@@ -134,7 +140,10 @@ class Picture:
                 raise DashboardError(f"panel {panel.title!r} is a {other}; drawn are stat, table and timeseries")
 
     def _nothing(self, panel: Panel, x: float, y: float, w: float, h: float) -> None:
-        self.sheet.text(x + w / 2, y + h / 2, panel.field("noValue", "no data"), 14, self.look.faint, ha="center")
+        words = panel.field("noValue", "no data")
+        if self.is_cpu and all("_gpu_" in target["expr"] for target in panel.targets):
+            words += ": it runs on CPUs"
+        self.sheet.text(x + w / 2, y + h / 2, self.sheet.fitted(words, 12, w - 20), 12, self.look.faint, ha="center")
 
     def _stat(self, panel: Panel, x: float, y: float, w: float, h: float) -> None:
         found = [(line, _last(line)) for line in lines_of(self.server, panel, self.run, self.window)]
@@ -203,11 +212,14 @@ class Picture:
                 marker = "o" if sum(value == value for value in line.values) < 3 else ""
                 on.plot(line.times, line.values, color=colors[id(line)], linewidth=1.4, marker=marker, markersize=3.5)
         for drawn in (axes, other) if other is not None else (axes,):
-            drawn.set_xlim(self.window.start, self.window.end)
+            margin = 0.01 * (self.window.end - self.window.start)  # for half of a dot at either end
+            drawn.set_xlim(self.window.start - margin, self.window.end + margin)
             self._limits(drawn, panel)
         self._threshold(axes, panel)
         left, beside = (self._label_width(drawn) for drawn in (axes, other))
-        self.sheet.place(axes, x + left, y + 6, w - left - max(beside, 16), h - below - 34)
+        room = w - left - max(beside, 16)
+        self.sheet.place(axes, x + left, y + 6, room, h - below - 34)
+        self._moments(axes, room, left, max(beside, 16))
         for start, end in self.alerts:
             end = max(end, start + self.window.step)
             axes.axvspan(start, end, color=self.look.named["red"], alpha=0.09, linewidth=0, zorder=0)
@@ -218,8 +230,20 @@ class Picture:
         axes.tick_params(length=0, labelsize=12 * 72 / DPI, labelcolor=self.look.faint, pad=5)
         axes.yaxis.set_major_locator(_Round(unit, decimals))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value, unit, like=axes.get_ylim()[1])))
-        axes.xaxis.set_major_locator(FixedLocator(_moments(self.window)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _clock(value, self.window)))
+
+    def _moments(self, axes: Axes, room: float, left: float, right: float) -> None:
+        """Times below a drawing: as many as have room, none that reaches out of the panel."""
+        form = _form(self.window)
+        half = self.sheet.measured(time.strftime(form, time.localtime(self.window.end)), 12) / 2
+        low, high = axes.get_xlim()
+        pixel = room / (high - low)
+        moments = [
+            at
+            for at in _moments(self.window, max(2, min(5, int(room / (2 * half + 24)))))
+            if (at - low) * pixel + left >= half + 4 and (high - at) * pixel + right >= half + 4
+        ]
+        axes.xaxis.set_major_locator(FixedLocator(moments))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: time.strftime(form, time.localtime(at))))
 
     def _label_width(self, axes: Axes | None) -> float:
         if axes is None:
@@ -239,7 +263,8 @@ class Picture:
             return
         margin = 0.05 * (highest - lowest if highest > lowest else abs(highest)) or 1.0
         low = panel.field("min", lowest - margin)
-        axes.set_ylim(low, panel.field("max", max(highest, low) + margin))
+        high = max(highest, low, panel.custom("axisSoftMax", highest))
+        axes.set_ylim(low, panel.field("max", high + margin))
 
     def _threshold(self, axes: Axes, panel: Panel) -> None:
         if panel.custom("thresholdsStyle", {}).get("mode", "off") == "off":
@@ -328,10 +353,10 @@ class _Round(MaxNLocator):
         return [tick * scale for tick in super().tick_values(vmin / scale, vmax / scale)]
 
 
-def _moments(window: Window) -> list[float]:
-    """Round local times, about five of them."""
-    wanted = (window.end - window.start) / 5
-    step = next((step for step in _ROUND_S if step >= 0.8 * wanted), 86400 * math.ceil(wanted / 86400))
+def _moments(window: Window, most: int) -> list[float]:
+    """Round local times, at most so many and one more."""
+    wanted = (window.end - window.start) / most
+    step = next((step for step in _ROUND_S if step >= wanted), 86400 * math.ceil(wanted / 86400))
     shift = time.localtime(window.end).tm_gmtoff
     first = math.ceil((window.start + shift) / step) * step - shift
     return [first + step * place for place in range(int((window.end - first) // step) + 1)]
@@ -354,12 +379,14 @@ def _last(line: Line) -> float | None:
     return next((value for value in reversed(line.values) if not math.isnan(value)), None)
 
 
-def _clock(seconds: float, window: Window | None = None) -> str:
-    """Local time; days where they differ, seconds where minutes do not tell."""
-    form = "%H:%M:%S"
-    if window is not None and window.end - window.start > 600:
-        form = "%H:%M" if window.end - window.start < 86400 else "%d. %H:%M"
-    return time.strftime(form, time.localtime(seconds))
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
+
+
+def _form(window: Window) -> str:
+    """Of local times: days where they differ, seconds where minutes do not tell."""
+    seconds = window.end - window.start
+    return "%H:%M:%S" if seconds < 240 else "%H:%M" if seconds < 86400 else "%d. %H:%M"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ usage: launch/monitoring/start.sh [--port N] [--data FOLDER] [--config FILE] RUN
 
 Starts Prometheus in the foreground for all runs below these folders that train with `--metrics.export local` or
 `network`, those of studies (RUN_ROOT/study/fold-1) and those that begin later included. Checks configuration and rules
-first. It listens on 127.0.0.1 only and ends with Ctrl-C; what it has collected is kept for the next start.
+first. Runs of one name are kept apart by their `job`: distkd, distkd/study, distkd-2 for a second RUN_ROOT. It listens
+on 127.0.0.1 only and ends with Ctrl-C; what it has collected is kept for the next start.
 
 options:
   --port N       where to listen (default 9090)
@@ -73,44 +74,75 @@ quoted() {
     printf "'%s'" "${1//\'/\'\'}"
 }
 
-# patterns: a line for each folder of target files. A * of Prometheus stands for files and not for folders, so studies
-# are looked for here; a folder that was found stays, its files come and go. `[`, `?` and `\` are themselves.
-patterns() {
-    local root folder files
+# folders: a line for each folder of target files, its job, a tab, its pattern. A * of Prometheus stands for files and not
+# for folders, so studies are looked for here; a folder that was found stays, its files come and go. `[`, `?` and `\` are
+# themselves. Rules go by job and run, so each folder is a job of its own. Its name comes from roots and folders alone:
+# with another name after the next start series would begin anew, and the run of the old name would seem to be gone.
+folders() {
+    local number name root folder study files
+    local -A own=() seen=()
+    for root in "${roots[@]}"; do own[$root]=yes; done
     shopt -s nullglob
-    for root in "${roots[@]}"; do
+    for number in "${!roots[@]}"; do
+        root=${roots[number]} name=$job
+        if [[ $number -gt 0 ]]; then name+=-$((number + 1)); fi
         for folder in "$root/prometheus" "$root"/*/prometheus "$root"/*/*/prometheus "$root"/*/*/*/prometheus; do
             files=("$folder"/*.rank-*.json)
-            if [[ $folder == "$root/prometheus" || ${#files[@]} -gt 0 ]]; then
-                folder=${folder//\\/\\\\} folder=${folder//\[/\\[} folder=${folder//\?/\\?}
-                printf '%s/*.rank-*.json\n' "$folder"
-            fi
+            folder=${folder%/prometheus} study=${folder#"$root"}
+            # a root that was named twice, or lies below another one, is one job
+            if [[ -n ${seen[$folder]:-} || (-n $study && -n ${own[$folder]:-}) ]]; then continue; fi
+            if [[ -n $study && (${#files[@]} -eq 0 || $study == *[\*$'\n\t']*) ]]; then continue; fi
+            seen[$folder]=yes
+            folder=${folder//\\/\\\\} folder=${folder//\[/\\[} folder=${folder//\?/\\?}
+            printf '%s\t%s/prometheus/*.rank-*.json\n' "$name$study" "$folder"
         done
     done
     shopt -u nullglob
 }
 
-# render: the template with these folders, and with its rules where they are, as $1
+# render: the template with a copy of its job for each of these folders, and with its rules where they are, as $1
 render() {
-    local pattern lines="" line rules
-    while IFS= read -r pattern; do
-        lines+="          - $(quoted "$pattern")"$'\n'
-    done <"$known"
+    local line line_of_job rules name pattern copied="" block=()
     rules=$(cd "$(dirname "$template")" && pwd)
     while IFS= read -r line || [[ -n $line ]]; do
-        if [[ $line == *'# start.sh puts its run roots here'* ]]; then
-            printf '%s' "$lines"
+        if [[ ${#block[@]} -gt 0 && ($line =~ ^[^\ #] || $line == "$indent- "*) ]]; then copies; fi
+        if [[ -z $copied && $line =~ $heading ]]; then
+            block=("$line")
+        elif [[ ${#block[@]} -gt 0 ]]; then
+            block+=("$line")
         elif [[ $line =~ ^\ +-\ (rules/[a-z*_]+\.yml)$ ]]; then
             printf '  - %s\n' "$(quoted "$rules/${BASH_REMATCH[1]}")"
         else
             printf '%s\n' "$line"
         fi
     done <"$template" >"$1"
+    if [[ ${#block[@]} -gt 0 ]]; then copies >>"$1"; fi
+}
+
+# copies: the lines of `block`; those of the job that watches run roots once for each folder. A part of render
+copies() {
+    if [[ ${block[*]} != *"$mark"* ]]; then
+        printf '%s\n' "${block[@]}"
+    else
+        copied=yes
+        while IFS=$'\t' read -r name pattern; do
+            for line_of_job in "${block[@]}"; do
+                if [[ $line_of_job =~ $heading ]]; then
+                    printf '%s- job_name: %s\n' "$indent" "$(quoted "$name")"
+                elif [[ $line_of_job == *"$mark"* ]]; then
+                    printf '          - %s\n' "$(quoted "$pattern")"
+                else
+                    printf '%s\n' "$line_of_job"
+                fi
+            done
+        done <"$known"
+    fi
+    block=()
 }
 
 # look: keep what was found before beside what is found now; succeeds where something is new
 look() {
-    { [[ ! -f $known ]] || cat "$known"; patterns; } | sort -u >"$known.new"
+    { [[ ! -f $known ]] || cat "$known"; folders; } | sort -u >"$known.new"
     if [[ -f $known ]] && cmp -s "$known" "$known.new"; then
         rm "$known.new"
         return 1
@@ -124,8 +156,13 @@ checked() {
     said=$("$@" 2>&1) || fail "${*: -1} is refused:"$'\n'"$said"
 }
 
-grep -q '# start.sh puts its run roots here' "$template" ||
-    fail "$template has no line that ends with '# start.sh puts its run roots here'; take it from launch/monitoring/prometheus.yml"
+mark='# start.sh puts its run roots here' heading='^( +)- job_name: *["'\'']?([A-Za-z0-9_-]+)' indent="" job=""
+while IFS= read -r line && [[ $line != *"$mark"* ]]; do
+    if [[ $line =~ $heading ]]; then indent=${BASH_REMATCH[1]} job=${BASH_REMATCH[2]}; fi
+done <"$template"
+[[ $line == *"$mark"* && -n $job ]] ||
+    fail "$template has no job with a line that ends with '$mark'; take it from launch/monitoring/prometheus.yml"
+[[ $job == distkd* ]] || fail "the job '$job' of $template is none that rules take, expected a name that begins with distkd"
 notes=$(mktemp -d)
 server="" pause=""
 # shellcheck disable=SC2317,SC2329  # called by the trap
@@ -157,6 +194,11 @@ if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
 fi
 mkdir -p "$data" 2>/dev/null || fail "cannot make the folder '$data'; --data takes another one" 1
 [[ -w $data ]] || fail "cannot write to '$data'; --data takes another folder" 1
+# Debian's Prometheus does not lock its data; the server inherits the lock and holds it as long as it lives
+if command -v flock >/dev/null; then
+    exec 9>"$data/.distkd.lock"
+    flock -n 9 || fail "another Prometheus keeps its data in '$data'; --data takes another folder" 1
+fi
 case $(stat -f -c %T "$data" 2>/dev/null || true) in
     nfs | nfs4 | lustre | gpfs | beegfs | smb* | cifs | ceph | fuse*)
         echo "start.sh: '$data' is on a network file system, where Prometheus may lose data; --data takes a local folder" >&2
@@ -181,7 +223,7 @@ answers() {
 
 # rest SECONDS: until then, or until a signal comes
 rest() {
-    sleep "$1" &
+    sleep "$1" 9>&- &
     pause=$!
     wait "$pause" || true
     kill "$pause" 2>/dev/null || true
@@ -199,7 +241,7 @@ Prometheus watches ${roots[*]}
   alerts              http://127.0.0.1:$port/alerts
   ranks found         http://127.0.0.1:$port/targets
   data                $data (kept for $keep)
-Train with --metrics.export local. From another machine: ssh -L $port:127.0.0.1:$port $(hostname)
+Train with --metrics.export local (network where ranks are on other machines). From another machine: ssh -L $port:127.0.0.1:$port $(hostname)
 Dashboards: launch/monitoring/grafana, data source http://127.0.0.1:$port. Ctrl-C ends it.
 TEXT
         fi

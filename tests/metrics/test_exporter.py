@@ -1,4 +1,4 @@
-"""A rank's numbers over HTTP: announced, continued over restarts, seen to the end, and gone with the run."""
+"""A rank's numbers over HTTP: announced, continued over restarts, and gone with the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +39,15 @@ from distkd.train import run as running
 from distkd.train.loop import train
 from tests.launch.processes import REPOSITORY, environment
 from tests.laws.common import before_steps, settings_of
+from tests.metrics.exporters import LABELS, LOCAL, exporter_of, free_port, nothing_is_announced, small_ledger
 from tests.metrics.scraping import left_over, scrape, target
 from tests.small import Small
-
-LABELS = {"run": "r", "stage": "s"}
-LOCAL = MetricsConfig(export="local")
-STEP = {"gauge distkd_train_step": 7}
 
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
     yield
     assert left_over() == []
-
-
-def _ledger() -> Ledger:
-    ledger = Ledger()
-    ledger.set("distkd_train_step", 7)
-    return ledger
-
-
-@contextmanager
-def _exporter(run: Path, config: MetricsConfig = LOCAL, **options: Any) -> Iterator[Exporter]:
-    given = {"labels": LABELS, "info": {"engine": "ddp"}, "ledger": _ledger(), **options}
-    exporter = start_exporter(config, run, given.pop("world", World()), **given)
-    assert exporter is not None
-    try:
-        yield exporter
-    finally:
-        exporter.close(last=False)
-
-
-def _nothing_is_announced(folder: Path) -> bool:
-    return not list(folder.rglob("rank-*.json")) + list(folder.rglob("*.rank-*.json"))
 
 
 def _train(world: World, config: dict[str, Any], at: int) -> dict[str, Any]:
@@ -88,7 +63,7 @@ def _train(world: World, config: dict[str, Any], at: int) -> dict[str, Any]:
 
     def hook(step: int, _: Any) -> None:
         if step == at:
-            started[0].refresh()
+            started[0]._keeper.refresh()
             comm.barrier(world)  # the other rank has, too
             found = [target(folder, rank) for rank in range(world.size)]
             seen["labels"] = [labels for _, labels in found]
@@ -122,7 +97,7 @@ def test_both_ranks_of_a_run_serve_what_metrics_jsonl_says(ranks: Any, small: Sm
             assert {name: values.get(name) for name in of_run} == pytest.approx(
                 of_run if rank == 0 else dict.fromkeys(of_run)
             )
-    assert _nothing_is_announced(tmp_path)
+    assert nothing_is_announced(tmp_path)
     assert [seen["left"] for seen in found] == [[], []]
 
 
@@ -143,7 +118,7 @@ def test_a_target_is_gone_however_the_run_ends_and_counters_go_on(small: Small, 
     seen: list[dict[str, float]] = []
 
     def end(step: int, _: Any) -> None:
-        assert not _nothing_is_announced(tmp_path)
+        assert not nothing_is_announced(tmp_path)
         if step == 2:
             if ending != "sigterm":
                 raise KeyboardInterrupt if ending == "ctrl_c" else ZeroDivisionError("a mistake of ours")
@@ -151,7 +126,7 @@ def test_a_target_is_gone_however_the_run_ends_and_counters_go_on(small: Small, 
 
     with pytest.raises((Interrupted, KeyboardInterrupt, ZeroDivisionError)), before_steps(end):
         train(settings, World())
-    assert _nothing_is_announced(tmp_path)
+    assert nothing_is_announced(tmp_path)
     assert left_over() == []
 
     with before_steps(lambda *_: seen.append(scrape(target(settings.folder)[0]))):
@@ -161,7 +136,7 @@ def test_a_target_is_gone_however_the_run_ends_and_counters_go_on(small: Small, 
     assert seen[0]["counter distkd_steps_total"] == at
     assert seen[0]["counter distkd_samples_total"] == at * 8
     assert seen[0]["gauge distkd_restarts"] == 1
-    assert _nothing_is_announced(tmp_path)
+    assert nothing_is_announced(tmp_path)
 
 
 def test_a_killed_run_leaves_a_stale_target_that_its_next_attempt_removes(small: Small, tmp_path: Path):
@@ -183,7 +158,7 @@ with before_steps(lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGK
     assert (tmp_path / "prometheus" / "run.rank-00000.json").exists()
     left.with_name("rank-00007.json").write_text(left.read_text())  # of an attempt with more ranks
     train(settings_of({**config, "metrics": {"export": "off"}}), World())
-    assert _nothing_is_announced(tmp_path)
+    assert nothing_is_announced(tmp_path)
     assert counters_file(folder, 0).exists()  # for an attempt that exports again
 
 
@@ -216,63 +191,62 @@ def test_a_textfile_needs_no_server(small: Small, tmp_path: Path):
     text = (tmp_path / "distkd-run.rank-00000.prom").read_text()
     [line] = [line for line in text.splitlines() if line.startswith("distkd_run_finished{")]
     assert line.endswith(" 1.0")
-    assert _nothing_is_announced(tmp_path)
+    assert nothing_is_announced(tmp_path)
 
 
 def test_a_disk_that_takes_no_target_costs_the_metrics_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "prometheus").write_text("in the way")
-    assert start_exporter(LOCAL, tmp_path, World(rank=3), ledger=_ledger(), labels=LABELS, info={}) is None
+    assert start_exporter(LOCAL, tmp_path, World(rank=3), ledger=small_ledger(), labels=LABELS, info={}) is None
     assert "rank 3 trains on without metrics.export=local: File exists\n" in caplog.text
 
 
 def test_nothing_is_served_to_everybody_where_a_guard_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     config = MetricsConfig(export="local", password_file=tmp_path / "absent")
-    assert start_exporter(config, tmp_path, World(), ledger=_ledger(), labels=LABELS, info={}) is None
+    assert start_exporter(config, tmp_path, World(), ledger=small_ledger(), labels=LABELS, info={}) is None
     assert caplog.text.count("trains on without metrics.export=local: metrics.password_file=") == 1
     config = MetricsConfig(export="local", tls_cert=tmp_path / "absent")
-    assert start_exporter(config, tmp_path, World(), ledger=_ledger(), labels=LABELS, info={}) is None
+    assert start_exporter(config, tmp_path, World(), ledger=small_ledger(), labels=LABELS, info={}) is None
     assert not (tmp_path / "prometheus").exists()
 
 
 def test_where_the_server_fails_a_textfile_still_gets_its_values(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     config = MetricsConfig(export="local", tls_cert=tmp_path / "absent", textfile=tmp_path)
-    ledger = _ledger()
-    with _exporter(tmp_path / "run", config, ledger=ledger) as exporter:
+    ledger = small_ledger()
+    with exporter_of(tmp_path / "run", config, ledger=ledger) as exporter:
         ledger.add("distkd_steps_total", 1)
-        exporter.refresh()
+        exporter._keeper.refresh()
         assert (
             'distkd_steps_total{rank="0",run="r",stage="s"} 1.0' in (tmp_path / "distkd-r.rank-00000.prom").read_text()
         )
     assert caplog.text.count("trains on without") == 1
     again = Ledger()
-    with _exporter(tmp_path / "run", config, ledger=again):
+    with exporter_of(tmp_path / "run", config, ledger=again):
         assert again.counters() == ledger.counters()  # once, although the server failed first
 
 
 def test_ranks_of_a_machine_take_ports_in_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     world = World(rank=5, size=8, local_rank=1, local_size=4)
-    with _exporter(tmp_path, MetricsConfig(export="local", port=port - 1), world=world) as exporter:
+    with exporter_of(tmp_path, MetricsConfig(export="local", port=port - 1), world=world) as exporter:
         assert exporter.address == f"127.0.0.1:{port}"
         assert target(tmp_path, 5)[0] == exporter.address
     last = MetricsConfig(export="local", port=65535)
-    assert start_exporter(last, tmp_path, world, ledger=_ledger(), labels=LABELS, info={}) is None
+    assert start_exporter(last, tmp_path, world, ledger=small_ledger(), labels=LABELS, info={}) is None
     assert "port must be 0-65535" in caplog.text
 
 
 def test_local_listens_on_loopback_and_network_on_one_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def listens_on(exporter: Exporter) -> str:
         assert exporter._server is not None
-        return exporter._server.server_address[0]
+        return str(exporter._server.server_address[0])
 
-    with _exporter(tmp_path) as exporter:
+    with exporter_of(tmp_path) as exporter:
         assert exporter.address.startswith("127.0.0.1:")
         assert listens_on(exporter) == "127.0.0.1"
     monkeypatch.setattr(socket, "gethostname", lambda: "node-a")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.2" if name == "node-a" else name)
     monkeypatch.setenv("LOCAL_ADDR", "0.0.0.0")  # stands for the one address that every machine has beside loopback
-    with _exporter(tmp_path, MetricsConfig(export="network")) as exporter:
+    with exporter_of(tmp_path, MetricsConfig(export="network")) as exporter:
         assert listens_on(exporter) == "0.0.0.0"
 
 
@@ -305,13 +279,13 @@ def test_a_target_says_how_it_is_called_and_nothing_secret(tmp_path: Path, certi
     password.chmod(0o600)
     config = MetricsConfig(export="local", tls_cert=certificate[0], tls_key=certificate[1], password_file=password)
     run = tmp_path / "run"
-    with _exporter(run, config, attempt=3) as exporter:
+    with exporter_of(run, config, attempt=3) as exporter:
         address, labels = target(run)
         assert labels["__scheme__"] == "https"
         assert labels["__meta_distkd_attempt"] == "3"
         assert {name: value for name, value in labels.items() if not name.startswith("__")} == {**LABELS, "rank": "0"}
         assert "secret" not in "".join(path.read_text() for path in tmp_path.rglob("rank-*") if path.is_file())
-        exporter.refresh()
+        exporter._keeper.refresh()
         trusting = ssl.create_default_context(cafile=str(certificate[0]))
         known = urllib.request.HTTPPasswordMgrWithDefaultRealm()
         known.add_password(None, f"https://{address}", "prometheus", "secret-word")
@@ -320,55 +294,13 @@ def test_a_target_says_how_it_is_called_and_nothing_secret(tmp_path: Path, certi
             text = answer.read().decode()
     assert "distkd_train_step 7.0\n" in text
     assert 'distkd_rank_info{engine="ddp"} 1.0\n' in text
-    with _exporter(run):
+    with exporter_of(run):
         assert "__scheme__" not in target(run)[1]
-
-
-def test_who_has_scraped_a_run_sees_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keeping, "_INTERVAL_S", 3600.0)
-    ledger = _ledger()
-    config = MetricsConfig(export="local", linger_s=3600)
-    with _exporter(tmp_path, config, ledger=ledger) as exporter:
-        last = scrape(exporter.address)
-        ledger.set("distkd_run_finished", 1)
-        closing = threading.Thread(target=exporter.close, kwargs={"last": True})
-        closing.start()
-        while last == STEP:  # a scrape may have been faster than the last snapshot; then there is another
-            last = scrape(exporter.address)
-        closing.join(120)
-        assert not closing.is_alive()
-    assert last == {**STEP, "gauge distkd_run_finished": 1}
-    assert _nothing_is_announced(tmp_path)
-
-
-@pytest.mark.parametrize("last, scraped, linger_s", [(True, False, 3600), (False, True, 3600), (True, True, 0)])
-def test_an_end_that_nobody_watches_does_not_wait(tmp_path: Path, last: bool, scraped: bool, linger_s: float):
-    with _exporter(tmp_path, MetricsConfig(export="local", linger_s=linger_s)) as exporter:
-        if scraped:
-            assert scrape(exporter.address) == STEP
-        exporter.close(last=last)
-        assert _nothing_is_announced(tmp_path)
-        assert left_over() == []
-        exporter.close(last=last)  # a second time does no harm
-
-
-def test_a_wait_for_the_last_scrape_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with _exporter(tmp_path, MetricsConfig(export="local", linger_s=3600)) as exporter:
-        assert scrape(exporter.address) == STEP
-
-        def interrupted(_: float) -> bool:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(exporter._server, "wait_for_scrape", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            exporter.close(last=True)
-        assert left_over() == []
-    assert _nothing_is_announced(tmp_path)
 
 
 def test_a_scrape_while_the_trainer_works_sees_whole_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keeping, "_INTERVAL_S", 0.001)
-    ledger, done = _ledger(), threading.Event()
+    ledger, done = small_ledger(), threading.Event()
 
     def work() -> None:
         while not done.is_set():
@@ -376,7 +308,7 @@ def test_a_scrape_while_the_trainer_works_sees_whole_histograms(tmp_path: Path, 
             ledger.add("distkd_samples_total", 8)
 
     trainer, before = threading.Thread(target=work), 0.0
-    with _exporter(tmp_path, ledger=ledger) as exporter:
+    with exporter_of(tmp_path, ledger=ledger) as exporter:
         trainer.start()
         try:
             for _ in range(50):

@@ -51,6 +51,13 @@ def _seen(keeper: Keeper) -> dict[str, float]:
     return values(keeper.page.body().decode())
 
 
+def _kept(path: Path) -> dict[str, Any]:
+    """Counters of a file."""
+    kept = read_json(path)
+    del kept["begun"]
+    return kept
+
+
 def _kill(keeper: Keeper) -> None:
     """As SIGKILL would: nothing more is saved."""
     keeper._stop.set()
@@ -66,10 +73,10 @@ def test_what_is_served_is_what_lies_on_disk(tmp_path: Path):
             ledger.add("distkd_samples_total", 8)
             ledger.observe("distkd_step_seconds", 0.5, "data")
             keeper.refresh()
-            assert read_json(path) == keeper.page.snapshot.counters()
+            assert _kept(path) == keeper.page.snapshot.counters()
             assert _seen(keeper)[SAMPLES] == ledger.counters()["distkd_samples_total"][0][1]
         ledger.add("distkd_samples_total", 8)
-    assert read_json(path) == ledger.counters()  # closed: the last word
+    assert _kept(path) == ledger.counters()  # closed: the last word
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -143,11 +150,11 @@ exporter = Exporter(
     MetricsConfig(export="local"), Path({str(tmp_path)!r}), World(), ledger=ledger, labels={{"run": "r"}}, info={{}}
 )
 ledger.add("distkd_samples_total", 8)
-exporter.refresh()
+exporter._keeper.refresh()
 keeper.write_text = lambda *_: sys.stdin.read()  # a disk that never answers
 ledger.add("distkd_samples_total", 8)
 ledger.set("distkd_train_step", 2)
-exporter.refresh()
+exporter._keeper.refresh()
 print(exporter.address, flush=True)
 sys.stdin.read()
 """
@@ -201,8 +208,8 @@ def test_a_disk_that_hangs_keeps_gauges_going_and_does_not_keep_a_run_from_endin
         assert answers.wait(60)
         save(*arguments)
 
-    monkeypatch.setattr(keeping, "write_text", hangs)
     with _keeper(counters_file(tmp_path, 0), ledger) as keeper:
+        monkeypatch.setattr(keeping, "write_text", hangs)
         for step in range(1, 4):
             ledger.add("distkd_samples_total", 8)
             ledger.set("distkd_train_step", step)
@@ -211,7 +218,72 @@ def test_a_disk_that_hangs_keeps_gauges_going_and_does_not_keep_a_run_from_endin
         keeper.close()
         answers.set()
         keeper._disk._thread.join(60)  # it ends by itself when the disk answers
-    assert read_json(counters_file(tmp_path, 0)) == {"distkd_samples_total": [[[], 8.0]]}
+    assert _kept(counters_file(tmp_path, 0)) == {"distkd_samples_total": [[[], 8.0]]}
+
+
+def test_an_attempt_that_was_overtaken_saves_nothing_more(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path, folder, ledgers = counters_file(tmp_path, 0), tmp_path / "textfile", [Ledger(), Ledger()]
+    folder.mkdir()
+    ledgers[0].add("distkd_samples_total", 100)
+    textfiles = [Textfile(folder, World(), {"run": "r"}) for _ in ledgers]
+    with (
+        _keeper(path, ledgers[0], textfile=textfiles[0]) as overtaken,
+        _keeper(path, ledgers[1], textfile=textfiles[1]) as current,
+    ):
+        for work, saved in ((0, 100), (500, 600)):
+            ledgers[1].add("distkd_samples_total", work)
+            current.refresh()
+            texts = [file.read_text() for file in folder.iterdir()]
+            for step in range(2):
+                ledgers[0].add("distkd_samples_total", 1)
+                ledgers[0].set("distkd_train_step", step)
+                overtaken.refresh()
+                assert _seen(overtaken) == {SAMPLES: 100, "gauge distkd_train_step": step}
+            assert _kept(path) == {"distkd_samples_total": [[[], saved]]}
+            assert [file.read_text() for file in folder.iterdir()] == texts
+        _kill(current)
+    with _keeper(path, Ledger()) as restarted:  # the overtaken one has closed, too
+        assert _seen(restarted) == {SAMPLES: 600}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} belongs to a later attempt of the run; this one's counters stand still"
+    ]
+
+
+def test_what_an_earlier_attempt_still_had_under_way_does_not_stop_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, ledger = counters_file(tmp_path, 0), Ledger()
+    monkeypatch.setattr(keeping.time, "time_ns", lambda: 7)  # on a machine whose clock is behind
+    with _keeper(path, Ledger()):
+        late = path.read_text()
+    with _keeper(path, ledger) as keeper:
+        path.write_text(late)
+        ledger.add("distkd_samples_total", 8)
+        keeper.refresh()
+        assert _seen(keeper) == {SAMPLES: 8}
+        assert _kept(path) == {"distkd_samples_total": [[[], 8.0]]}
+
+
+def test_a_mistake_in_saving_is_said_once_and_counters_catch_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def mistaken(*_: object) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    ledger = Ledger()
+    with _keeper(counters_file(tmp_path, 0), ledger) as keeper:
+        with monkeypatch.context() as patch:
+            patch.setattr(keeping, "write_text", mistaken)
+            for step in range(1, 4):
+                ledger.add("distkd_samples_total", 8)
+                ledger.set("distkd_train_step", step)
+                keeper.refresh()
+                assert _seen(keeper) == {"gauge distkd_train_step": step}
+        keeper.refresh()
+        assert _seen(keeper) == {"gauge distkd_train_step": 3, SAMPLES: 24}
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics cannot be saved: ZeroDivisionError: a mistake of ours"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", '{"distkd_steps_to', "[]", '{"distkd_steps_total": [[[], -1]]}', "\udcff"])
@@ -226,7 +298,7 @@ def test_a_torn_file_is_said_and_counting_begins_at_zero(tmp_path: Path, text: s
     assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [
         f"{path} cannot be read, counters begin at zero"
     ]
-    assert read_json(path) == {"distkd_steps_total": [[[], 1.0]]}
+    assert _kept(path) == {"distkd_steps_total": [[[], 1.0]]}
 
 
 def test_a_ledger_that_stands_still_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -245,7 +317,7 @@ def test_a_ledger_that_stands_still_writes_nothing(tmp_path: Path, monkeypatch: 
                 ledger.set("distkd_lr", number)
                 keeper.refresh()
         ledger = Ledger()
-    assert len(written) == 1
+    assert len(written) == 2  # each attempt says once that it has begun
 
 
 def test_snapshots_are_made_without_being_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from distkd.config import load
 from distkd.errors import ConfigError
+from distkd.metrics.exporter import check_files
 from distkd.metrics.settings import MetricsConfig
 from tests.small import Small
 
@@ -50,3 +52,17 @@ def test_guards_that_do_are_taken(small: Small, tmp_path: Path):
     safe = {"export": "network", "tls_cert": "c", "tls_key": "k", "password_file": "p"}
     assert _written(small, tmp_path, **safe)().metrics.tls_cert == Path("c")
     assert MetricsConfig(export="local", password_file=Path("p")).tls_cert is None  # of this machine, over loopback
+
+
+def test_files_that_are_missing_are_told_before_a_run_begins(tmp_path: Path):
+    for name in ("tls_cert", "password_file"):
+        with pytest.raises(ConfigError, match=rf"metrics.{name}=\S*absent cannot be read: No such file or directory"):
+            check_files(MetricsConfig.model_validate({"export": "local", name: tmp_path / "absent"}))
+    with pytest.raises(ConfigError, match=r"metrics.textfile=\S*absent is no folder of this machine; name one that"):
+        check_files(MetricsConfig(textfile=tmp_path / "absent"))
+    check_files(MetricsConfig(export="local", textfile=tmp_path))
+
+
+def test_a_port_that_nobody_opens_is_refused():
+    with pytest.raises(ValidationError, match=r"metrics.port does nothing, since metrics.export is off"):
+        MetricsConfig(port=9100)

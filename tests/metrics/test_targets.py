@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,24 @@ def test_of_a_process_on_another_machine_nothing_is_known(tmp_path: Path):
     assert targets.stale(tmp_path, ended=True, running_jobs={"17"}) == [path]
 
 
+def test_a_process_that_lives_is_asked_rightly_whatever_is_said_of_its_run(tmp_path: Path):
+    process = _announced(tmp_path, slurm_job="17")
+    assert targets.stale(tmp_path, ended=True, running_jobs=()) == []  # it waits for a last scrape
+    _end(process)
+    assert len(targets.stale(tmp_path, ended=False, running_jobs={"17"})) == 1
+
+
+def test_the_identity_of_a_process_tells_whether_it_has_ended():
+    assert targets.identity() == targets.identity(os.getpid())
+    assert not targets.is_gone(targets.identity())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        identity = targets.identity(process.pid)
+        assert not targets.is_gone(identity)
+        process.kill()
+    assert targets.is_gone(identity)
+    assert not targets.is_gone("")
+
+
 def test_without_a_job_the_queue_says_nothing(tmp_path: Path):
     targets.write(tmp_path, 0, "127.0.0.1:1", LABELS)
     assert targets.stale(tmp_path, ended=False, running_jobs=()) == []
@@ -171,16 +190,17 @@ def test_a_batch_script_clears_its_own_job_below_a_folder_of_runs(tmp_path: Path
     for run, job in ((runs[0], "17"), (runs[0], "18"), (runs[1], "17")):
         targets.write(run, int(job), "127.0.0.1:1", {**LABELS, targets.JOB: job})
     everywhere = _command(tmp_path)
-    assert (everywhere.returncode, everywhere.stdout) == (0, "")  # not those of other jobs, without being asked
+    assert everywhere.returncode == 0
+    assert everywhere.stdout == f"no scrape targets of {tmp_path}\n"  # not those of other jobs, without being asked
     ended = _command(tmp_path, "--job", "17")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == f"removed 4 scrape targets of {tmp_path}\n"
+    assert ended.stdout == f"removed 2 scrape targets of {tmp_path}\n"  # of two files each
     assert {path.name for path in tmp_path.rglob("*.json")} == {"rank-00018.json", "teacher.rank-00018.json"}
     _command(runs[0])
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_batch_script_clears_several_runs_at_once_and_says_nothing_where_there_is_nothing(tmp_path: Path):
+def test_a_batch_script_clears_several_runs_at_once_and_does_not_mind_where_there_is_nothing(tmp_path: Path):
     runs = [tmp_path / name for name in ("teacher", "student", "cleared", "never-made")]
     for run in runs[:3]:
         targets.write(run, 0, "127.0.0.1:1", {**LABELS, targets.JOB: "17_3"})
@@ -188,13 +208,24 @@ def test_a_batch_script_clears_several_runs_at_once_and_says_nothing_where_there
     targets.write(runs[1], 1, "127.0.0.1:1", {**LABELS, targets.JOB: "17_4"})
     shutil.rmtree(runs[2])  # its copy beside the run folders is still there
     done = _command(*runs, "--job", "17_3")
-    assert (done.returncode, done.stderr) == (0, "")
-    numbers = {runs[0]: 2, runs[1]: 2, runs[2]: 1}
-    assert done.stdout == "".join(f"removed {n} scrape targets of {run}\n" for run, n in numbers.items())
+    assert (done.returncode, done.stderr) == (0, f"no folder {runs[3]}\n")
+    assert done.stdout == "".join(f"removed 1 scrape target of {run}\n" for run in runs[:3])
     assert {path.name for path in tmp_path.rglob("rank-*.json")} == {"rank-00001.json"}
     assert [path.name for path in tmp_path.glob("prometheus/*")] == ["student.rank-00001.json"]
     again = _command(*runs, "--job", "17_3")
-    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert (again.returncode, again.stdout) == (0, "")
+    assert again.stderr == "".join(f"no folder {run}\n" for run in runs[2:])
+
+
+def test_whoever_names_a_run_by_hand_is_told_where_there_is_nothing_to_remove(tmp_path: Path):
+    run, absent = tmp_path / "run", tmp_path / "rnu"
+    for rank in range(2):
+        targets.write(run, rank, "127.0.0.1:1", LABELS)
+    done = _command(absent, run)
+    assert (done.returncode, done.stderr) == (2, f"no folder {absent}\n")
+    assert done.stdout == f"removed 2 scrape targets of {run}\n"
+    again = _command(run)
+    assert (again.returncode, again.stdout, again.stderr) == (0, f"no scrape targets of {run}\n", "")
 
 
 def test_targets_do_without_heavy_imports():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -20,17 +20,19 @@ class FakeRank:
     Args:
         run: its folder.
         rank: which one it is.
-        values: of series without labels, or with them as Prometheus writes them: `distkd_loss{part="total"}`.
+        values: of series without labels, or with them as Prometheus writes them: `distkd_loss{part="total"}`;
+            one that moves is asked for at each scrape.
     """
 
-    def __init__(self, run: Path, rank: int = 0, **values: float):
+    def __init__(self, run: Path, rank: int = 0, **values: float | Callable[[], float]):
         self.run, self.rank = run, rank
-        self.values: Mapping[str, float] = values
+        self.values: Mapping[str, float | Callable[[], float]] = values
         rank_of_this = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = "".join(f"{name} {value}\n" for name, value in rank_of_this.values.items()).encode()
+                now = {name: one() if callable(one) else one for name, one in rank_of_this.values.items()}
+                body = "".join(f"{name} {value}\n" for name, value in now.items()).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.send_header("Content-Length", str(len(body)))

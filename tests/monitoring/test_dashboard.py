@@ -35,6 +35,7 @@ NOT_SHOWN = {
     "distkd_train_epoch": "the step says it finer",
     "distkd_evaluating": "for alerts, which do not fire meanwhile",
     "distkd_run_finished": "for alerts, which do not fire afterwards",
+    "distkd_run_stopped": "for alerts, which do not fire afterwards",
     "distkd_last_step_timestamp_seconds": "for the alert on progress",
 }
 

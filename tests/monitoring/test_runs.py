@@ -124,7 +124,7 @@ def test_throughput_is_that_of_the_metrics_file(server, seen):
 
 def test_a_straggler_is_named_and_no_other_rank(seen):
     assert [(alert.labels["rank"], alert.labels["severity"]) for alert in seen.straggling] == [("1", "warning")]
-    assert "Rank 1 of run ill" in seen.straggling[0].annotations["description"]
+    assert "rank 1 of run ill" in seen.straggling[0].annotations["description"]
 
 
 def test_a_rank_that_hangs_is_down_and_no_other(seen):

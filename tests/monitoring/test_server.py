@@ -21,12 +21,15 @@ ILL = {
     "distkd_step_wall_seconds_sum": 300.0,
     "distkd_step_wall_seconds_count": 600,
     "distkd_train_step": 600,
-    "distkd_straggler_index": 1.5,
+    "distkd_straggler_index": 1.5,  # of the last reading; no step has ended since
     "distkd_checkpoint_age_seconds": 20000,
     'distkd_loss{part="total"}': float("nan"),
     "distkd_run_finished": 0,
 }
-ILLNESSES = {"DistkdNoProgress", "DistkdStraggler", "DistkdStaleCheckpoint", "DistkdNotFinite"}
+ILLNESSES = {"DistkdNoProgress", "DistkdStaleCheckpoint", "DistkdNotFinite"}
+ENDED = {"distkd_run_finished": 1, "distkd_train_step": 9, "distkd_last_step_timestamp_seconds": time.time}
+SLOW = {"distkd_straggler_index": 1.5, "distkd_step_wall_seconds_sum": time.monotonic}
+"""All of its time goes by in steps."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,8 @@ def ranks(root) -> Iterator[dict[str, FakeRank]]:
                 ("found, second", "found", 1, {"distkd_train_step": 5}),
                 ("study", "study/fold-1", 0, HEALTHY),
                 ("again", "again", 0, {"distkd_steps_total": 100}),
-                ("ends", "ends", 0, HEALTHY | {"distkd_run_finished": 1, "distkd_train_step": 9}),
+                ("ends", "ends", 0, HEALTHY | ENDED),
+                ("slow", "slow", 0, SLOW),
                 ("ill", "ill", 0, ILL),
             )
         }
@@ -94,15 +98,17 @@ def test_a_rank_that_ends_takes_its_target_along_and_raises_nothing(server, rank
 
 
 def test_alerts_are_written_out_with_their_values(server, ranks):
-    server.until(lambda: {alert.name for alert in server.alerts()} >= ILLNESSES, "alerts")
+    server.until(lambda: {alert.name for alert in server.alerts()} >= ILLNESSES | {"DistkdStraggler"}, "alerts")
+    [straggler] = _firing(server, "DistkdStraggler", "slow")
     found = {alert.name: alert for alert in server.alerts() if alert.labels["run"] == "ill"}
     assert set(found) == ILLNESSES
-    for alert in found.values():
+    for alert in (straggler, *found.values()):
         assert "<" not in " ".join(alert.annotations.values())  # <no value>, <error expanding template: ...>
-        assert "ill" in alert.annotations["summary"]
+        assert alert.labels["run"] in alert.annotations["summary"]
     said = {name: alert.annotations["description"] for name, alert in found.items()}
     assert re.search(r"ended 1h \d+m \d+s ago", said["DistkdNoProgress"])
-    assert "Rank 0 of run ill on node n1 takes 1.50 times as long" in said["DistkdStraggler"]
+    pace = "At the pace of rank 0 of run slow on node n1 a step takes 1.50 times as long"
+    assert pace in straggler.annotations["description"]
     assert "begun 5h 33m 20s ago" in said["DistkdStaleCheckpoint"]
     assert "100%" in said["DistkdNotFinite"]
 

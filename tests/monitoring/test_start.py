@@ -98,7 +98,7 @@ def test_missing_programs_are_named_with_where_to_get_them(tmp_path, root):
 def test_a_broken_rule_is_refused_and_its_file_named(tmp_path, root):
     shutil.copytree(MONITORING, tmp_path / "mine")
     rules = tmp_path / "mine" / "rules" / "alerts.yml"
-    rules.write_text(rules.read_text().replace("distkd_straggler_index) > 1.3", "distkd_straggler_index > 1.3"))
+    rules.write_text(rules.read_text().replace("clamp_min(", "clamp_min"))
     done = start("--check", "--config", tmp_path / "mine" / "prometheus.yml", root)
     assert done.returncode == 2
     assert "alerts.yml is refused:" in done.stderr
@@ -110,7 +110,7 @@ def test_a_configuration_without_a_place_for_roots_is_refused(tmp_path, root):
     (tmp_path / "mine.yml").write_text("scrape_configs: []\n")
     done = start("--check", "--config", tmp_path / "mine.yml", root)
     assert done.returncode == 2
-    assert "has no line that ends with '# start.sh puts its run roots here'" in done.stderr
+    assert "has no job with a line that ends with '# start.sh puts its run roots here'" in done.stderr
 
 
 @needs_prometheus
@@ -123,7 +123,7 @@ def test_a_taken_port_is_said(tmp_path, root):
 
 
 @needs_prometheus
-def test_it_watches_roots_with_any_name_and_studies_that_begin_later_and_ends_with_a_signal(tmp_path, root):
+def test_it_watches_roots_and_later_studies_each_in_a_job_of_its_own_and_ends_with_a_signal(tmp_path, root):
     other = tmp_path / "other"
     other.mkdir()
     port, data = free_port(), tmp_path / "data"
@@ -132,20 +132,25 @@ def test_it_watches_roots_with_any_name_and_studies_that_begin_later_and_ends_wi
     notes.mkdir()
     environ = environment(TMPDIR=str(notes), DISTKD_LOOK_EVERY_S="0.5")
 
-    def runs() -> set[str]:
+    def runs() -> set[tuple[str, str]]:
         url = f"http://127.0.0.1:{port}/api/v1/targets?state=active"
         with urllib.request.urlopen(url, timeout=60) as answer:
-            return {target["labels"]["run"] for target in json.load(answer)["data"]["activeTargets"]}
+            found = [target["labels"] for target in json.load(answer)["data"]["activeTargets"]]
+        return {(labels["job"], labels["run"]) for labels in found}
 
     with (
         FakeRank(root / "first", distkd_train_step=1),
-        FakeRank(other / "second", distkd_train_step=1),
+        FakeRank(other / "first", distkd_train_step=1),
         Launched(command, tmp_path / "log", environ) as server,
     ):
         wait_for(lambda: "Ctrl-C ends it" in server.said(), server)
         assert f"http://127.0.0.1:{port}/alerts" in server.said()
-        with FakeRank(root / "study" / "fold-1", distkd_train_step=1):
-            wait_for(lambda: runs() == {"first", "second", "fold-1"}, server, poll_s=0.2)
+        with (
+            FakeRank(root / "a" / "fold-1", distkd_train_step=1),
+            FakeRank(root / "it's b" / "fold-1", distkd_train_step=1),
+        ):
+            same = {("distkd", "first"), ("distkd-2", "first"), ("distkd/a", "fold-1"), ("distkd/it's b", "fold-1")}
+            wait_for(lambda: runs() == same, server, poll_s=0.2)
         os.kill(server.process.pid, 15)
         assert server.wait() == 0, server.said()
         server.wait_until_gone()

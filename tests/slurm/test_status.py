@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
+from distkd.metrics import targets
 from distkd.slurm import progress, table
 from distkd.slurm.queue import EndedJob
 from distkd.slurm.status import look
@@ -118,6 +121,69 @@ def test_before_its_first_line_a_run_is_given_longer(tmp_path: Path):
     assert only(begun(tmp_path / "a", step=0, started_s=800.0)).state == "running"
     row = only(begun(tmp_path / "a", step=0, started_s=1200.0))
     assert (row.state, row.advice) == ("lost", "no news for 20 min; if it no longer runs, start it again to resume")
+
+
+# a main rank that was killed
+
+
+@pytest.fixture
+def killed() -> str:
+    """Identity of a process of this machine that has ended without a word."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        identity = targets.identity(process.pid)
+        process.kill()
+    return identity
+
+
+_ENDED = "its processes on this machine ended without a word; start it again to resume"
+
+
+def test_a_run_whose_processes_were_killed_here_is_lost_at_once(tmp_path: Path, killed: str):
+    row = only(begun(tmp_path / "a", age_s=3.0, process=killed))
+    assert (row.state, row.advice, row.is_active) == ("lost", _ENDED, False)
+    assert (row.steps_per_s, row.eta_s) == (None, None)
+    assert only(begun(tmp_path / "a", step=100, process=killed)).state == "lost"  # in its evaluation
+    assert only(begun(tmp_path / "a", process=targets.identity())).state == "running"
+    machine, _, rest = killed.partition(" ")
+    assert only(begun(tmp_path / "a", process=f"{machine}-another {rest}")).state == "running"
+
+
+@pytest.mark.parametrize("outcome", ["done", "failed", "interrupted"])
+def test_a_run_that_said_how_it_ended_is_not_lost_with_its_processes(tmp_path: Path, killed: str, outcome: str):
+    assert only(ended(tmp_path / "a", outcome, process=killed)).state == outcome
+
+
+def test_with_a_job_the_queue_decides_and_where_it_cannot_be_asked_nobody_does(tmp_path: Path, killed: str):
+    folder = begun(tmp_path / "a", job="17", process=killed)
+    assert only(folder, queue_of(("17", "RUNNING", ""))).state == "running"
+    assert only(folder, queue_of(("17", "PENDING", "BeginTime"))).state == "queued again"
+    assert only(folder).state == "running"
+    row = only(folder, {})
+    assert (row.state, row.advice) == (
+        "lost",
+        "job 17 is gone and the run has not said how it ended; submit again to resume",
+    )
+    later = submitted(begun(tmp_path / "b", process=killed), "18")  # begun by hand
+    assert only(later, queue_of(("18", "PENDING", "Priority"))).state == "queued again"
+    assert only(later, {}).advice == _ENDED
+
+
+@pytest.mark.parametrize("meanwhile", ["ends", "starts again"])
+def test_a_run_that_ends_or_starts_again_while_it_is_read_is_not_lost(
+    tmp_path: Path, killed: str, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+):
+    folder = begun(tmp_path / "a", process=killed)
+
+    def is_gone(process: str) -> bool:
+        gone = targets.is_gone(process)
+        if gone and meanwhile == "ends":
+            ended(folder, "done", process=killed)
+        elif gone:
+            begun(folder, process=targets.identity())
+        return gone
+
+    monkeypatch.setattr(progress, "is_gone", is_gone)
+    assert only(folder).state == {"ends": "done", "starts again": "running"}[meanwhile]
 
 
 # states with a queue

@@ -14,6 +14,7 @@ import pytest
 
 from distkd.cli import USER, main
 from distkd.errors import DataError
+from distkd.metrics import targets
 from distkd.slurm import table
 from distkd.slurm.find import find
 from distkd.slurm.judge import duration
@@ -190,18 +191,33 @@ def test_jobs_by_hand_that_ended_before_a_run_began_are_named(
 # targets of Prometheus
 
 
+def announced(folder: Path) -> None:
+    """A target as a rank on another machine has left it."""
+    lines_of(folder / "prometheus" / "rank-00000.json", [])
+    content = [{"targets": ["n1:9000"], "labels": {"run": folder.name, "slurm_job": "17"}}]
+    (folder / "prometheus" / "rank-00000.json").write_text(json.dumps(content))
+
+
+def test_ranks_that_wait_for_a_last_scrape_are_not_to_be_withdrawn(tmp_path: Path):
+    for age_s, stale in ((30.0, 0), (119.0, 0), (121.0, 1)):  # of ranks elsewhere only the age tells
+        announced(ended(tmp_path / "a", "done", age_s=age_s))
+        assert only(tmp_path).stale_targets == stale
+    targets.write(tmp_path / "a", 0, "127.0.0.1:1", {"run": "a"})
+    assert only(tmp_path).stale_targets == 0  # its process is this one
+
+
 def test_targets_of_runs_that_do_not_run_are_named_with_the_command_that_removes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    over, alive = ended(tmp_path / "over", "failed"), begun(submitted(tmp_path / "alive", "17"), job="17")
+    over = ended(tmp_path / "over", "failed", age_s=500.0)
+    alive = begun(submitted(tmp_path / "alive", "17"), job="17")
     for folder in (over, alive):
-        lines_of(folder / "prometheus" / "rank-00000.json", [])
-        content = [{"targets": ["n1:9000"], "labels": {"run": folder.name, "slurm_job": "17"}}]
-        (folder / "prometheus" / "rank-00000.json").write_text(json.dumps(content))
+        announced(folder)
     rows = look([tmp_path], queue_of(("17", "RUNNING", "")), NOW)
     assert {row.name: row.stale_targets for row in rows} == {"over": 1, "alive": 0}
     command = f"python -m distkd.metrics.targets --remove {over}"
-    assert table.plain(rows, NOW)[-1] == f"Prometheus still asks ranks of 1 runs that do not run: {command}"
+    assert table.plain(rows, NOW)[-1] == f"Prometheus still asks ranks of 1 run that does not run: {command}"
+    assert "ranks of 2 runs that do not run: " in table.plain([rows[-1]] * 2, NOW)[-1]
     monkeypatch.chdir(tmp_path)
     assert table.plain(rows, NOW)[-1].endswith(" --remove over")
     monkeypatch.undo()

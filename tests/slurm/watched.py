@@ -50,11 +50,12 @@ def begun(
     started_s: float = 1000.0,
     restart: int = 0,
     n_steps: int | None = 100,
+    process: str | None = None,
 ) -> Path:
     """A run whose newest line has an age: a line every ten steps of 32 samples, a validation with each."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG)
-    about = {"n_steps": n_steps, "started": NOW - started_s, "job": job}
+    about = {"n_steps": n_steps, "started": NOW - started_s, "job": job, "process": process}
     (folder / "environment.json").write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
     lines_of(folder / "events" / "rank-00000.jsonl", [{"event": "start", "time": NOW - started_s, "step": 0}])
     newest = NOW - age_s

@@ -69,7 +69,7 @@ def append(path: Path, value: dict[str, Any]) -> None:
 
 
 def ranks_of(n_ranks: int, *, slow: int | None = None, phase: str = "data", times: float = 1.8) -> list[dict[str, Any]]:
-    """What each rank says of its steps, as `ranks.json` has it; one may take `times` the others' own work."""
+    """What each rank says of its steps, as `ranks.json` has it; at the pace of one a step takes `times` as long."""
     busy_s = sum(PHASES[name] for name in ("data", "forward", "optimizer"))
     ranks: list[dict[str, Any]] = []
     for rank in range(n_ranks):
@@ -80,5 +80,16 @@ def ranks_of(n_ranks: int, *, slow: int | None = None, phase: str = "data", time
     return ranks
 
 
-def write_ranks(folder: Path, ranks: list[dict[str, Any]], *, age_s: float = 2.0, step: int = 600) -> None:
-    (folder / "ranks.json").write_text(json.dumps({"step": step, "time": NOW - age_s, "ranks": ranks}))
+def write_ranks(
+    folder: Path, ranks: list[dict[str, Any]], *, age_s: float = 2.0, step: int = 600, own_work: list[str] | None = None
+) -> None:
+    """Also the lines up to then name the slowest rank."""
+    said = {} if own_work is None else {"own_work": own_work}
+    slowest = max(ranks, key=lambda each: each["straggler_index"])
+    named = {"straggler_rank": slowest["rank"], "straggler_index": slowest["straggler_index"]}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "timings" in line and line["time"] <= NOW - age_s:
+            line["timings"] |= named
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "ranks.json").write_text(json.dumps({"step": step, "time": NOW - age_s, **said, "ranks": ranks}))

@@ -134,7 +134,10 @@ def test_a_run_is_followed_from_its_start_to_its_end(tmp_path: Path, opened: lis
 
     ranks = {"step": 20, "time": time.time() + 1, "ranks": ranks_of(4, slow=2)}
     (folder / "ranks.json").write_text(json.dumps(ranks))
-    terminal.wait_for("rank 2 takes 1.80x the median's time")
+    slow = line_of(20, 0.0)["timings"] | {"straggler_rank": 2, "straggler_index": 1.8}
+    for step in (21, 22, 23):
+        append(folder / "metrics.jsonl", line_of(step, time.time() + 1, timings=slow))
+    terminal.wait_for("rank 2 makes a step 1.80x as long")
 
     terminal.resize(140, 30)
     wide = terminal.wait_for("queue      GPU")
@@ -190,7 +193,8 @@ def test_a_run_folder_that_is_removed_ends_it_with_a_message(tmp_path: Path, ope
 def test_no_colour_where_none_is_wanted(tmp_path: Path, opened: list[Terminal]):
     folder = begin(tmp_path / "kd")
     colour = re.compile(rb"\x1b\[[0-9;]*3[0-7][0-9;]*m")
-    for environ, wanted in (({}, True), ({"NO_COLOR": "1"}, False)):
+    cases: list[tuple[dict[str, str], bool]] = [({}, True), ({"NO_COLOR": "1"}, False)]
+    for environ, wanted in cases:
         opened.append(terminal := Terminal(str(folder), **environ))
         end = time.monotonic() + _PATIENCE_S
         while "q quits" not in terminal.text and time.monotonic() < end:
