@@ -157,7 +157,7 @@ def main() -> None:
             sides = compare(
                 {"told": everything, "bare": bare(empty, batch, steps)}, repeats=arguments.repeats, warmup=2
             )
-        exporter.close(last=False)
+        exporter.close()
         comm.barrier(world)
     comm.shutdown()
     if not world.is_main:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -272,7 +271,7 @@ class Stopwatch:
 
     def _settle(self) -> None:
         """Take in the steps that the timeline has reached."""
-        between = self._timeline.seconds
+        between, sums = self._timeline.seconds, self._sums
         while self._laps:
             turns = self._laps[0]
             if between(turns[0][0], turns[-1][0]) is None:
@@ -280,11 +279,13 @@ class Stopwatch:
             self._laps.popleft()
             self._n += 1
             seconds: dict[str, float] = {}
-            for (start, phase), (end, _) in pairwise(turns):
+            start, phase = turns[0]
+            for end, following in turns[1:]:
                 if phase is not None:
                     seconds[phase] = seconds.get(phase, 0.0) + (between(start, end) or 0.0)
+                start, phase = end, following
             for phase, passed in seconds.items():
-                self._sums[phase] = self._sums.get(phase, 0.0) + passed
+                sums[phase] = sums.get(phase, 0.0) + passed
             if self._on_lap is not None:
                 self._on_lap(seconds)
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 RANKS = "ranks.json"
 """In the run folder: what every rank did since the last reading, for people."""
 _EVERY_S = 2.0
-"""Between two versions of that file."""
+"""Between two versions of that file, and two looks at what other threads count."""
 
 _BANK = {
     "staleness_steps": "distkd_bank_staleness_steps",
@@ -56,7 +56,7 @@ class Observer:
         self._written, self._warned = -math.inf, False
         self._last: tuple[int, list[RankShare]] | None = None
         """A reading that `ranks.json` does not have yet."""
-        self._began = time.perf_counter()
+        self._began = self._counted = time.perf_counter()
         self._saver: Saver | None = None
         self._traffic = job.engine.traffic(job.passes, follows=job.method.follows_weights)
         self._calls, self._bytes = comm.counts.copy(), comm.moved_bytes.copy()
@@ -120,7 +120,9 @@ class Observer:
         ledger.set("distkd_last_step_timestamp_seconds", time.time())
         if self.flops.per_step:
             ledger.add("distkd_flops_total", self.flops.per_step)
-        self._count_failures()
+        if now - self._counted > _EVERY_S:
+            self._counted = now
+            self._count_failures()
 
     def reading(self, step: int, reading: Reading, lr: float) -> None:
         """What all ranks know at a logging step."""
@@ -128,6 +130,7 @@ class Observer:
         share = reading.ranks[job.world.rank]
         self._count_collectives(share.steps)
         ledger.set("distkd_straggler_index", share.index)
+        self._count_failures()
         ledger.set("distkd_device_peak_flops_per_second", self.flops.peak if self.flops.per_step else None)
         for kind, value in gpu_memory(job.device).items():
             ledger.set("distkd_gpu_memory_bytes", value, kind)
