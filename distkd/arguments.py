@@ -44,7 +44,8 @@ def _train(commands: _Commands) -> None:
     train.add_argument("--allow-change", action="store_true", help="go on in a run folder although the config changed")
     train.add_argument("--stage-in", action="store_true", help="only copy to data.scratch, once a machine before a job")
     train.epilog = (
-        "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs."
+        "Any config value can be given as --section.field VALUE, for example --optim.lr 1e-3 --run.root /scratch/runs. "
+        "Watch it with `distkd top RUN`; with --metrics.export local Prometheus can, see docs/monitoring.md."
     )
 
 

@@ -235,7 +235,9 @@ def check_compiler(compiler: str | None, ninja: str | None) -> Check:
 _OPTIONAL = {
     "deepspeed": "engine.name=deepspeed",
     "onnx": "distkd export --format onnx",
+    "tensorboard": "metrics.tensorboard",
     "triton": "torch.compile on GPUs",
+    "wandb": "metrics.wandb",
 }
 
 
