@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distkd.comm import world as comm
 from distkd.data.loader import Backlog
-from distkd.errors import Interrupted, NonFiniteError
+from distkd.errors import Interrupted, NonFiniteError, TakenOverError
 from distkd.metrics.ledger import Ledger
 from distkd.train.flops import Flops
 from distkd.train.job import Job
@@ -101,7 +101,7 @@ class Observer:
         self.ledger.set("distkd_run_stopped", float(isinstance(error, Interrupted)))
         if isinstance(error, NonFiniteError):
             self.ledger.set("distkd_loss", math.nan, "total")
-        if self._last is not None:
+        if self._last is not None and not isinstance(error, TakenOverError):
             self._write_ranks(*self._last)
 
     def phases(self, seconds: Mapping[str, float]) -> None:
