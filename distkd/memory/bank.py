@@ -140,12 +140,13 @@ class MemoryBank(Memory):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
         if self._dtype is None:
-            return super()._apply(fn, recurse)
-        # a module is cast as a whole; rows of a chosen type are only moved
-        rows_ND = self.rows_ND
-        self.rows_ND = rows_ND.new_empty(0)
-        super()._apply(fn, recurse)
-        self.rows_ND = rows_ND.to(self.rows_ND.device)
+            super()._apply(fn, recurse)
+        else:  # a module is cast as a whole; rows of a chosen type are only moved
+            rows_ND = self.rows_ND
+            self.rows_ND = rows_ND.new_empty(0)
+            super()._apply(fn, recurse)
+            self.rows_ND = rows_ND.to(self.rows_ND.device)
+        self.refresh()  # norms are those of the rows in their own type, as a resumed run finds them
         return self
 
 

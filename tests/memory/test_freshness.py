@@ -170,3 +170,11 @@ def test_neither_a_write_nor_its_age_waits_for_the_device():
         assert {(value.shape, value.device.type, value.dtype) for value in found.values()} == {
             ((), "meta", torch.float64)
         }
+
+
+def test_norms_of_a_bank_that_is_cast_are_those_that_a_resumed_run_finds():
+    bank = MemoryBank(64, 16, seed=3).double()
+    again = MemoryBank(64, 16, seed=3).double()
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(bank.norm_N, again.norm_N)
+    assert torch.equal(bank.norm_N, bank.rows_ND.norm(dim=1))
