@@ -209,7 +209,7 @@ def validate(run: Run) -> None:
     run.owes_validation = False
     job, config = run.job, run.job.settings.eval
     with job.engine.whole():
-        report = score(run, "val")
+        report = watched_score(run, "val")
         if report is None:
             return
         value = report.metrics.get(config.metric)
@@ -222,25 +222,30 @@ def validate(run: Run) -> None:
     job.method.after_eval(report.metrics, job.world)
 
 
-def score(run: Run, split: Split) -> SplitReport | None:
+def watched_score(run: Run, split: Split) -> SplitReport | None:
+    """`score`, told to whoever watches."""
+    with run.observer.evaluating():
+        report = score(run.job, split)
+    if report is not None:
+        run.observer.scored(split, report.metrics)
+    return report
+
+
+def score(job: Job, split: Split) -> SplitReport | None:
     """Evaluate the student as it stands; None where the fold has no such split."""
-    job = run.job
     if len(job.dataset.split_samples(split)) == 0:
         return None
-    with run.observer.evaluating():
-        report = evaluate(
-            job.method.predict,
-            job.method.trainable,
-            job.dataset,
-            split,
-            job.settings.eval,
-            micro_batch=job.settings.batch.per_rank(job.world),
-            device=job.device,
-            dtype=job.dtype,
-            world=job.world,
-        )
-    run.observer.scored(split, report.metrics)
-    return report
+    return evaluate(
+        job.method.predict,
+        job.method.trainable,
+        job.dataset,
+        split,
+        job.settings.eval,
+        micro_batch=job.settings.batch.per_rank(job.world),
+        device=job.device,
+        dtype=job.dtype,
+        world=job.world,
+    )
 
 
 def save(run: Run) -> None:
@@ -303,7 +308,7 @@ def _finish(run: Run) -> None:
         )
     held_out: tuple[Split, ...] = ("val", "test")
     for split in held_out:
-        report = score(run, split)
+        report = watched_score(run, split)
         if report is not None and job.world.is_main:
             write_report(run.folder, report, about | {"selection": selection})
             write_attention(

@@ -171,7 +171,7 @@ def test_ranks_announce_themselves_to_prometheus_while_they_run(stories: dict[st
     job = story.record["JobId"]
     assert labels == [("0", job, "n1"), ("1", job, "n1"), ("2", job, "n2"), ("3", job, "n2")]
     assert len({group["targets"][0] for group in groups}) == 4
-    left = [*story.folder.glob("prometheus/*"), *story.folder.parent.glob("prometheus/*")]
+    left = [*story.folder.glob("prometheus/*.json"), *story.folder.parent.glob("prometheus/*")]
     assert left == []
 
 
