@@ -33,6 +33,7 @@ __all__ = [
     "all_gather_rows",
     "all_reduce_max",
     "all_reduce_sum",
+    "any_rank",
     "barrier",
     "broadcast_object",
     "counts",
@@ -203,6 +204,11 @@ def all_reduce_max(tensor: Tensor, world: World) -> Tensor:
     if world.size > 1:
         _guard("all_reduce_max", world, lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX), tensor)
     return tensor
+
+
+def any_rank(claim: bool, world: World, *, device: torch.device) -> bool:
+    """Whether it is true on any rank, known to all; one all-reduce and a host sync."""
+    return all_reduce_max(torch.tensor(float(claim), device=device), world).item() > 0
 
 
 def all_gather_rows(tensor: Tensor, world: World) -> Tensor:

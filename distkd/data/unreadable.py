@@ -52,9 +52,8 @@ class Unreadable:
         """
         with self._lock:
             self.failures += 1
-        if self._on_error == "fail":
-            raise error
-        with self._lock:
+            if self._on_error == "fail":
+                raise error
             if error.sample in self._found:
                 return
             self._found[error.sample] = str(error)

@@ -140,13 +140,16 @@ class MemoryBank(Memory):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
         if self._dtype is None:
+            before = self.rows_ND.dtype
             super()._apply(fn, recurse)
-        else:  # a module is cast as a whole; rows of a chosen type are only moved
-            rows_ND = self.rows_ND
-            self.rows_ND = rows_ND.new_empty(0)
-            super()._apply(fn, recurse)
-            self.rows_ND = rows_ND.to(self.rows_ND.device)
-        self.refresh()  # norms are those of the rows in their own type, as a resumed run finds them
+            if self.rows_ND.dtype != before:
+                self.refresh()  # norms are those of the rows in their own type, as a resumed run finds them
+            return self
+        # a module is cast as a whole; rows of a chosen type are only moved
+        rows_ND = self.rows_ND
+        self.rows_ND = rows_ND.new_empty(0)
+        super()._apply(fn, recurse)
+        self.rows_ND = rows_ND.to(self.rows_ND.device)
         return self
 
 

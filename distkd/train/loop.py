@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from distkd.base import Batch, StepOutput, World
-from distkd.comm.world import all_reduce_max, barrier, broadcast_object, observed
+from distkd.comm.world import any_rank, barrier, broadcast_object, observed
 from distkd.data.loader import train_batches
 from distkd.data.manifest import Split
 from distkd.engines import Update
@@ -80,15 +79,9 @@ def train(settings: Settings, world: World, *, allow_change: bool = False, follo
             run.close(error)
             raise error
         run.close(None, stop_flag.is_set)
-        if followed and _any_rank_is_asked(job, stop_flag):
+        if followed and any_rank(stop_flag.is_set(), world, device=job.device):
             raise Interrupted(f"stopped as asked when {folder} was done; start again for the stages after it")
     return folder
-
-
-def _any_rank_is_asked(job: Job, stop_flag: StopFlag) -> bool:
-    """Whether a stop came too late for this stage. One all-reduce."""
-    asked = torch.tensor(float(stop_flag.is_set()), device=job.device)
-    return all_reduce_max(asked, job.world).item() > 0
 
 
 def train_step(job: Job, passes: Sequence[Batch], watch: Stopwatch) -> tuple[StepOutput, Update]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distkd.base import Batch, StepOutput
-from distkd.comm.world import all_reduce_max, gather_objects
+from distkd.comm.world import any_rank, gather_objects
 from distkd.data.loader import Backlog
 from distkd.engines import Update
 from distkd.memory.freshness import freshness, settle
@@ -178,8 +178,7 @@ class Tally:
         """Whether any rank was asked to stop, between two readings. A collective where steps are long, else no."""
         if not self._pacing.is_due(step):
             return False
-        asked = torch.tensor(float(stop_flag.is_set()), device=self.job.device)
-        return all_reduce_max(asked, self.job.world).item() > 0
+        return any_rank(stop_flag.is_set(), self.job.world, device=self.job.device)
 
 
 def _shares(by_rank: Sequence[Sequence[float]], steps: int, own_work: Sequence[str]) -> list[RankShare]:
