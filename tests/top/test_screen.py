@@ -50,11 +50,15 @@ class Terminal:
         fcntl.ioctl(self.other, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def wait_for(self, words: str) -> str:
-        """What came until these words were there; what came before an earlier call is not looked at."""
+        """What came until these words, a regular expression, were there in one line.
+
+        What came before an earlier call is not looked at. That call may have ended in the midst of a picture: words
+        that only a later picture has tell the two apart.
+        """
         end = time.monotonic() + _PATIENCE_S
         while True:
             text = self.text
-            if words in text:
+            if re.search(words, text):
                 self.seen = b""
                 return text
             assert time.monotonic() < end, f"{words!r} did not come; the screen has {text[-3000:]!r}"
@@ -137,11 +141,10 @@ def test_a_run_is_followed_from_its_start_to_its_end(tmp_path: Path, opened: lis
     slow = line_of(20, 0.0)["timings"] | {"straggler_rank": 2, "straggler_index": 1.8}
     for step in (21, 22, 23):
         append(folder / "metrics.jsonl", line_of(step, time.time() + 1, timings=slow))
-    terminal.wait_for("rank 2 makes a step 1.80x as long")
+    terminal.wait_for(r"rank 2 makes a step 1\.80x as long")
 
     terminal.resize(140, 30)
-    wide = terminal.wait_for("queue      GPU")
-    assert re.search(r"speed .*rank  x median", wide)
+    terminal.wait_for(r"speed .*rank  x median .*queue      GPU")
 
     (folder / "outcome.json").write_text(json.dumps({"state": "done", "step": 40}))
     assert terminal.end() == 0
