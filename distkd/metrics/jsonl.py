@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ from typing import Any, Self
 from distkd.errors import DataError
 from distkd.files import write_text
 
-__all__ = ["MetricsWriter", "json_ready", "read_jsonl"]
+__all__ = ["MetricsWriter", "json_ready", "number", "objects", "read_jsonl"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,22 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole objects of the file in order; none when it does not exist; a torn last line is left out."""
     return [record for _, record in _whole_lines(path)] if path.exists() else []
+
+
+def objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects among lines of a log that lives; what is being written, or was torn by a kill, is passed over."""
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a number: a damaged file, or NaN written as null, has none."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 class MetricsWriter:

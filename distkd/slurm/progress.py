@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from distkd.metrics.jsonl import number, objects
 from distkd.metrics.targets import is_gone
 
 __all__ = ["Position", "Rate", "read_position", "tail"]
@@ -81,15 +82,15 @@ def read_position(folder: Path) -> Position:
     log = folder / "metrics.jsonl"
     lines = tail(log)
     starts = [event for event in events if event.get("event") == "start"]
-    started = _number(about.get("started")) or _last(starts, "time") or _modified(folder / "environment.json")
+    started = number(about.get("started")) or _last(starts, "time") or _modified(folder / "environment.json")
     since = started or 0.0
-    present = [line for line in lines if "time" not in line or (_number(line["time"]) or 0.0) >= since]
+    present = [line for line in lines if "time" not in line or (number(line["time"]) or 0.0) >= since]
     resumed_at = _last(starts, "step")
     # lines that an older version wrote have no time, their file has
     news = [_last(lines, "time") or _modified(log), _last(events, "time"), started]
     steps = [_last(present, "step"), resumed_at, _last(lines, "step")]
-    total = _number(about.get("n_steps"))
-    step = _number(outcome.get("step")) if outcome else next((step for step in steps if step is not None), None)
+    total = number(about.get("n_steps"))
+    step = number(outcome.get("step")) if outcome else next((step for step in steps if step is not None), None)
     metric = _metric_of(folder / "config.yaml")
     return Position(
         outcome=outcome,
@@ -99,7 +100,7 @@ def read_position(folder: Path) -> Position:
         is_gone=gone,
         step=None if step is None else int(step),
         total=None if total is None else int(total),
-        rate=_rate(present, [event for event in events if (_number(event.get("time")) or 0.0) >= since]),
+        rate=_rate(present, [event for event in events if (number(event.get("time")) or 0.0) >= since]),
         news=max((time for time in news if time is not None), default=None),
         metric=metric,
         value=None if metric is None else _last_value(log, lines, metric),
@@ -112,7 +113,7 @@ def _is_gone(about: dict[str, Any]) -> bool:
 
 def tail(path: Path, size: int = TAIL) -> list[dict[str, Any]]:
     """The whole objects among the last `size` bytes of a JSONL file, oldest first; none where there is no file."""
-    return list(_objects(_last_lines(path, size)))
+    return list(objects(_last_lines(path, size)))
 
 
 def _last_lines(path: Path, size: int) -> list[bytes]:
@@ -124,16 +125,6 @@ def _last_lines(path: Path, size: int) -> list[bytes]:
     except OSError:
         return []
     return lines[1:] if start else lines  # the first one is cut
-
-
-def _objects(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:  # the line that is being written
-            continue
-        if isinstance(value, dict):
-            yield value
 
 
 def _rate(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> Rate | None:
@@ -148,7 +139,7 @@ def _rate(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> 
     if last_s <= first_s or last <= first:
         return None
     steps_per_s = (last - first) / (last_s - first_s)
-    samples = next(((line["samples"], line["step"]) for line in reversed(lines) if _number(line.get("samples"))), None)
+    samples = next(((line["samples"], line["step"]) for line in reversed(lines) if number(line.get("samples"))), None)
     return Rate(
         steps_per_s=steps_per_s,
         samples_per_s=None if samples is None else steps_per_s * samples[0] / samples[1],
@@ -158,7 +149,7 @@ def _rate(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> 
 
 def _points(lines: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     """Time and step of each line that has both."""
-    pairs = [(_number(line.get("time")), _number(line.get("step"))) for line in lines]
+    pairs = [(number(line.get("time")), number(line.get("step"))) for line in lines]
     return [(time, step) for time, step in pairs if time is not None and step is not None]
 
 
@@ -175,8 +166,8 @@ def _last_value(log: Path, lines: Sequence[dict[str, Any]], metric: str) -> floa
     validated = [line["val"] for line in lines if isinstance(line.get("val"), dict)]
     if not validated:
         far = [line for line in _last_lines(log, _FAR_TAIL) if b'"val":' in line]
-        validated = [line["val"] for line in _objects(far) if isinstance(line.get("val"), dict)]
-    return _number(validated[-1].get(metric)) if validated else None
+        validated = [line["val"] for line in objects(far) if isinstance(line.get("val"), dict)]
+    return number(validated[-1].get(metric)) if validated else None
 
 
 def _ended(events: Sequence[dict[str, Any]], outcome: Path) -> float | None:
@@ -203,11 +194,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _last(lines: Sequence[dict[str, Any]], name: str) -> float | None:
-    return _number(lines[-1].get(name)) if lines else None
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return number(lines[-1].get(name)) if lines else None
 
 
 def _modified(path: Path) -> float | None:

@@ -8,21 +8,17 @@ from itertools import pairwise
 from statistics import median_low
 from typing import Any
 
+from distkd.metrics.jsonl import number
 from distkd.metrics.table import OWN_WORK, PHASES
 from distkd.slurm.status import Row
 
-__all__ = ["SLOW_RANK", "Checkpoint", "Facts", "Interval", "Rank", "Ranks", "number"]
+__all__ = ["SLOW_RANK", "Checkpoint", "Facts", "Interval", "Rank", "Ranks"]
 
 _RECENT_S = 10.0
 """What is going on now is the mean of so long, or of one line where lines are further apart."""
 
 SLOW_RANK = 1.3
 """Straggler index from which on a rank is worth a word, as in the alert."""
-
-
-def number(value: Any) -> float | None:
-    """The value where it is a number: a damaged file, or NaN written as null, has none."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True, slots=True)

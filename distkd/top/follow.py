@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from distkd.metrics.jsonl import objects
 
 __all__ = ["Follower"]
 
@@ -54,13 +55,7 @@ class Follower:
     def _take(self, content: bytes) -> None:
         whole = content[: content.rfind(b"\n") + 1]
         is_cut = bool(self._end) and not self._mark  # begins in the middle of a line, which is no object then
-        for line in whole.split(b"\n")[1 if is_cut else 0 :]:
-            try:
-                value = json.loads(line)
-            except ValueError:  # torn by a kill
-                continue
-            if isinstance(value, dict):
-                self.lines.append(value)
+        self.lines += objects(whole.split(b"\n")[1 if is_cut else 0 :])
         del self.lines[: -self.keep]
         self._end += len(whole)
         self._mark = (self._mark + whole)[-_MARK:]

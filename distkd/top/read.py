@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from distkd.allocation import read_jobs
+from distkd.metrics.jsonl import number
 from distkd.metrics.table import OWN_WORK
 from distkd.slurm.status import Row
-from distkd.top.facts import Checkpoint, Facts, Interval, Rank, Ranks, number
+from distkd.top.facts import Checkpoint, Facts, Interval, Rank, Ranks
 from distkd.top.follow import Follower
 
 __all__ = ["Reader", "intervals_of"]

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.text import Text
 
+from distkd.metrics.jsonl import number
 from distkd.slurm.judge import duration
 from distkd.slurm.status import RUNNING
-from distkd.top.facts import SLOW_RANK, Facts, Ranks, number
+from distkd.top.facts import SLOW_RANK, Facts, Ranks
 from distkd.top.fit import Section
 from distkd.top.marks import Cell, Marks, Trends, change, milliseconds, percent, short, table
 from distkd.top.wrong import is_silent, wrong

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from statistics import median
 
+from distkd.metrics.jsonl import number
 from distkd.slurm.judge import duration
 from distkd.slurm.status import RUNNING
-from distkd.top.facts import SLOW_RANK, Facts, number
+from distkd.top.facts import SLOW_RANK, Facts
 
 __all__ = ["is_silent", "wrong"]
 

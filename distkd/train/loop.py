@@ -30,7 +30,6 @@ from distkd.train.evaluate import SplitReport, evaluate, write_report
 from distkd.train.export import write_export
 from distkd.train.folder import Events, check_config, read_outcome
 from distkd.train.job import Job, assemble
-from distkd.train.observe import groups_of
 from distkd.train.run import Run, met_alone, samples_per_pass
 from distkd.train.schedule import lr_scale
 from distkd.train.settings import Settings
@@ -175,18 +174,16 @@ def skip(run: Run, words: str | None) -> None:
 def publish(run: Run, reading: Reading) -> None:
     """One line of metrics and of progress on the main rank; every rank notes the samples that it could not read."""
     run.note_unreadable()
-    means = reading.means
     lr = run.job.settings.optim.lr * _lr_scale(run.job, run.step - 1)
     if run.job.world.is_main:
-        parts, gauges = groups_of(means)
         saving = {"save": run.saver.seconds} if run.saver.seconds else {}
         run.record(
             samples=run.step * run.job.plan.global_batch,
-            loss=means.get("loss"),
-            parts=parts,
-            gauges=gauges,
+            loss=reading.loss,
+            parts=reading.parts,
+            gauges=reading.gauges,
             lr=lr,
-            grad_norm=means.get("grad_norm"),
+            grad_norm=reading.grad_norm,
             skipped=run.skipped,
             **({"replaced": reading.replaced} if reading.replaced else {}),
             timings=reading.timings | saving,
@@ -194,7 +191,7 @@ def publish(run: Run, reading: Reading) -> None:
     run.saver.seconds = 0.0
     run.observer.reading(run.step, reading, lr)
     if run.progress is not None:
-        run.progress.update(run.step, loss=means.get("loss", math.nan))
+        run.progress.update(run.step, loss=math.nan if reading.loss is None else reading.loss)
 
 
 def validate(run: Run) -> None:

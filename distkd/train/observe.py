@@ -23,7 +23,7 @@ from distkd.train.job import Job
 from distkd.train.saver import Saver
 from distkd.train.tally import RankShare, Reading, gpu_memory
 
-__all__ = ["RANKS", "Observer", "groups_of"]
+__all__ = ["RANKS", "Observer"]
 
 log = logging.getLogger(__name__)
 
@@ -136,13 +136,12 @@ class Observer:
             ledger.set("distkd_gpu_memory_bytes", value, kind)
         if not job.world.is_main:
             return
-        parts, gauges = groups_of(reading.means)
-        loss = {"total": reading.means["loss"]} if "loss" in reading.means else {}
-        ledger.replace("distkd_loss", loss | parts)
-        ledger.set("distkd_grad_norm", reading.means.get("grad_norm"))
+        loss = {} if reading.loss is None else {"total": reading.loss}
+        ledger.replace("distkd_loss", loss | reading.parts)
+        ledger.set("distkd_grad_norm", reading.grad_norm)
         ledger.set("distkd_lr", lr)
         ledger.set("distkd_train_epoch", job.plan.epoch_of(max(0, step - 1)))
-        self._gauges(gauges)
+        self._gauges(reading.gauges)
         self._last = step, reading.ranks
         if time.monotonic() - self._written >= _EVERY_S:
             self._write_ranks(*self._last)
@@ -234,13 +233,3 @@ class Observer:
             if not self._warned:
                 self._warned = True
                 log.warning("%s cannot be written: %s", self._path, error.strerror)
-
-
-def groups_of(means: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The parts of the loss and the gauges among what the meter has averaged."""
-    groups: dict[str, dict[str, float]] = {"parts": {}, "gauges": {}}
-    for name, value in means.items():
-        group, _, rest = name.partition(":")
-        if rest:
-            groups[group][rest] = value
-    return groups["parts"], groups["gauges"]

@@ -68,8 +68,13 @@ class RankShare:
 class Reading:
     """What all ranks know at a logging step."""
 
-    means: dict[str, float]
-    """Mean over steps and ranks; no `loss` where every step was left out."""
+    loss: float | None
+    """Mean over steps and ranks, as what follows; None where every step was left out."""
+    grad_norm: float | None
+    parts: dict[str, float]
+    """Of the loss."""
+    gauges: dict[str, float]
+    """What the method says besides, and the state of its memories."""
     timings: dict[str, float]
     """Seconds by phase on this rank since the last reading, and the slowest rank."""
     stop: bool
@@ -144,7 +149,17 @@ class Tally:
         replaced = int(sum(replaced for _, replaced, *_ in reduced.by_rank))
         if any(n_untold for _, _, n_untold, *_ in reduced.by_rank):  # known to all ranks, so all go this way
             unreadable.tell(gather_objects(untold, self.job.world))
-        return Reading(settle(reduced.means), laps.seconds | _straggler(shares), reduced.flags > 0, replaced, shares)
+        means = settle(reduced.means)
+        return Reading(
+            loss=means.get("loss"),
+            grad_norm=means.get("grad_norm"),
+            parts=_of_group("parts", means),
+            gauges=_of_group("gauges", means),
+            timings=laps.seconds | _straggler(shares),
+            stop=reduced.flags > 0,
+            replaced=replaced,
+            ranks=shares,
+        )
 
     def _own(self, laps: Laps) -> list[float]:
         """What `_shares` reads: the queue, the memory, the number of steps and seconds of one by phase."""
@@ -179,6 +194,11 @@ class Tally:
         if not self._pacing.is_due(step):
             return False
         return any_rank(stop_flag.is_set(), self.job.world, device=self.job.device)
+
+
+def _of_group(group: str, means: Mapping[str, float]) -> dict[str, float]:
+    """The means of one group of `Meter.add`, under their own names."""
+    return {name.removeprefix(f"{group}:"): mean for name, mean in means.items() if name.startswith(f"{group}:")}
 
 
 def _shares(by_rank: Sequence[Sequence[float]], steps: int, own_work: Sequence[str]) -> list[RankShare]:
