@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from distkd.base import World
-from tests.pool import Pool, PoolError
+from tests import pool as pool_module
+from tests.pool import JOB_TIMEOUT_S, Pool, PoolError
 
 
 class _Fussy(Exception):
@@ -48,7 +52,8 @@ def _raise_fussy(world: World) -> None:
     raise _Fussy(1, 2)
 
 
-def _hang_in_a_named_place(world: World) -> None:
+def _hang_in_a_named_place(world: World, folder: Path) -> None:
+    (folder / str(world.rank)).touch()
     threading.Event().wait()
 
 
@@ -121,9 +126,18 @@ def test_a_filter_of_the_test_holds_on_the_ranks(ranks):
     assert ranks(1).run(_warn) == [None]
 
 
-def test_a_hanging_job_is_ended_with_its_stacks_and_the_next_one_works(ranks):
+def test_a_hanging_job_is_ended_with_its_stacks_and_the_next_one_works(ranks, tmp_path: Path, monkeypatch):
+    wait = pool_module.wait
+
+    def wait_once_they_hang(pipes: Any, timeout: float) -> Any:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)  # polling other processes, not waiting for luck
+        return wait(pipes, timeout)
+
+    monkeypatch.setattr(pool_module, "wait", wait_once_they_hang)
     with pytest.raises(PoolError, match=r"ranks \[0, 1\] did not answer within 0\.5 s") as caught:
-        ranks(2, timeout_s=0.5).run(_hang_in_a_named_place)
+        ranks(2, timeout_s=0.5).run(_hang_in_a_named_place, folder=tmp_path)
+    monkeypatch.undo()
     assert "_hang_in_a_named_place" in str(caught.value)
     assert len(ranks(2).run(_layout)) == 2
 
@@ -145,10 +159,10 @@ def test_a_worker_killed_between_two_jobs_is_replaced(ranks):
 def test_a_closed_pool_starts_again():
     pool = Pool()
     try:
-        assert pool.run(1, _sum_of_ranks, {"start": 1.0}, 60.0) == [torch.tensor([1.0])]
+        assert pool.run(1, _sum_of_ranks, {"start": 1.0}, JOB_TIMEOUT_S) == [torch.tensor([1.0])]
         pool.close()
         assert not pool.workers
-        assert pool.run(1, _sum_of_ranks, {"start": 2.0}, 60.0) == [torch.tensor([2.0])]
+        assert pool.run(1, _sum_of_ranks, {"start": 2.0}, JOB_TIMEOUT_S) == [torch.tensor([2.0])]
     finally:
         pool.close()
         pool.folder.cleanup()

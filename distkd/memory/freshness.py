@@ -53,6 +53,9 @@ def settle(means: Mapping[str, float]) -> dict[str, float]:
     """
     settled: dict[str, float] = {}
     for name, mean in means.items():
+        if not name.endswith((_AGE, _WRITTEN)):  # most of them
+            settled[name] = mean
+            continue
         bank, _, what = name.rpartition("/")
         if what == _AGE and f"{bank}/{_WRITTEN}" in means:
             written = means[f"{bank}/{_WRITTEN}"]

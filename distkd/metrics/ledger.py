@@ -73,10 +73,6 @@ class _Histogram:
     def __init__(self, found: Distribution | None = None) -> None:
         self.values: list[float] = [0] * (len(BUCKETS_S) + 1) + [0.0] if found is None else [*found.counts, found.total]
 
-    def observe(self, value: float) -> None:
-        self.values[bisect.bisect_left(BUCKETS_S, value)] += 1
-        self.values[-1] += value
-
     def read(self) -> Distribution:
         *counts, total = tuple(self.values)  # a tuple of a list is made in one go, whatever the trainer does
         return Distribution(tuple(cast(list[int], counts)), total)
@@ -117,9 +113,12 @@ class Ledger:
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """A counter rises by `amount` >= 0."""
-        series = self._numbers.setdefault(name, {})
-        if labels in series or self._has_room(name, series, labels):
-            series[labels] = series.get(labels, 0.0) + amount
+        try:
+            self._numbers[name][labels] += amount
+        except KeyError:
+            series = self._numbers.setdefault(name, {})
+            if self._has_room(name, series, labels):
+                series[labels] = 0.0 + amount
 
     def set_counter(self, name: str, since_start: float, *labels: str) -> None:
         """A counter stands at `since_start`, on top of what earlier attempts have counted."""
@@ -128,13 +127,16 @@ class Ledger:
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """A histogram takes in one value."""
-        series = self._histograms.setdefault(name, {})
-        found = series.get(labels)
-        if found is None:
+        try:
+            histogram = self._histograms[name][labels]
+        except KeyError:
+            series = self._histograms.setdefault(name, {})
             if not self._has_room(name, series, labels):
                 return
-            found = series[labels] = _Histogram()
-        found.observe(value)
+            histogram = series[labels] = _Histogram()
+        values = histogram.values
+        values[bisect.bisect_left(BUCKETS_S, value)] += 1
+        values[-1] += value
 
     def live(self, name: str, read: Callable[[], float | None]) -> None:
         """A gauge without labels that is asked for when somebody reads, from any thread; None is left out."""

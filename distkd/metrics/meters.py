@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +53,11 @@ class Meter:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
+        self._reads_are_free = self.device.type == "cpu"
+        """To read a value there costs less than a kernel."""
         self._steps: list[_Step] = []
+        self._orders: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], list[int]]] = {}
+        """Names in order, and their places, by what steps have added; a run has one or two of them."""
 
     def add(self, values: Mapping[str, Tensor] | None = None, /, **groups: Mapping[str, Tensor]) -> None:
         """Counts one value of each name; names may differ from step to step, not from rank to rank.
@@ -84,8 +89,7 @@ class Meter:
         seen[world.rank * len(own) : (world.rank + 1) * len(own)] = own
         head = [float(flag), float(digest), float(digest**2), *seen, *counts]
         padding = [0.0] * (-(len(head) + len(names)) % _SLOTS)
-        packed = torch.tensor(head + padding, dtype=torch.float64).to(self.device, non_blocking=True)
-        packed = torch.cat([packed, *(_sums(rows, self.device) for _, rows in alike)])
+        packed = self._packed(head + padding, [rows for _, rows in alike])
         values: list[float] = all_reduce_sum(packed, world).tolist()  # the host waits here
         # equal on all ranks exactly when the digests have no variance; whole numbers below 2**53, so exact
         one, squares = int(values[1]), int(values[2])
@@ -108,24 +112,36 @@ class Meter:
         for step in pending:
             self.add({name: torch.tensor(value, dtype=torch.float64) for name, value in step.items()})
 
-    def _alike(self) -> list[tuple[list[str], list[list[Tensor]]]]:
-        """Names that occur together in one floating type, and a row of values for each step that has them.
+    @torch.no_grad()
+    def _packed(self, head: Sequence[float], blocks: Sequence[Sequence[Sequence[Tensor]]]) -> Tensor:
+        """Numbers of the host, and behind them the sums of each block's columns; float64 (n,)."""
+        if self._reads_are_free:
+            read = ([[value.item() for value in row] for row in rows] for rows in blocks)
+            sums = [sum(column) for rows in read for column in zip(*rows, strict=True)]
+            return torch.tensor([*head, *sums], dtype=torch.float64)
+        packed = torch.tensor(head, dtype=torch.float64).to(self.device, non_blocking=True)
+        return torch.cat([packed, *(_sums(rows, self.device) for rows in blocks)])
 
-        In one order on all ranks, whatever the order in which names were added.
+    def _alike(self) -> list[tuple[list[str], list[list[Tensor]]]]:
+        """Names that occur together, and a row of values for each step that has them.
+
+        In one order on all ranks, whatever the order in which names were added. On a device those of one floating type.
         """
-        orders: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], list[int]]] = {}
         rows_of: dict[tuple[str, ...], list[list[Tensor]]] = {}
         for step in self._steps:
             key = tuple([(prefix, *values) for prefix, values in step])
-            if key not in orders:
+            if key not in self._orders:
                 added = [f"{prefix}{name}" for prefix, *names in key for name in names]
                 order = sorted(range(len(added)), key=added.__getitem__)
-                orders[key] = tuple(added[i] for i in order), order
-            names, order = orders[key]
+                self._orders[key] = tuple(added[i] for i in order), order
+            names, order = self._orders[key]
             values = [value for _, values in step for value in values.values()]
-            rows_of.setdefault(names, []).append([values[i] for i in order])
+            rows_of.setdefault(names, []).append(list(map(values.__getitem__, order)))
         found: list[tuple[list[str], list[list[Tensor]]]] = []
         for names, rows in sorted(rows_of.items(), key=lambda item: item[0]):
+            if self._reads_are_free:
+                found.append((list(names), rows))
+                continue
             by_type: dict[torch.dtype, list[int]] = {}
             for place, value in enumerate(rows[0]):
                 by_type.setdefault(value.dtype, []).append(place)
@@ -137,48 +153,40 @@ class Meter:
 
 def _means(names: Sequence[str], totals: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
     """Mean by name, in order; a name may come with several totals."""
-    sums: dict[str, float] = {}
-    together: dict[str, float] = {}
+    known: dict[str, tuple[float, float]] = {}
     for name, total, count in zip(names, totals, counts, strict=True):
-        sums[name] = sums.get(name, 0.0) + total
-        together[name] = together.get(name, 0.0) + count
-    return {name: sums[name] / together[name] for name in sorted(sums)}
+        if name in known:
+            total, count = total + known[name][0], count + known[name][1]
+        known[name] = total, count
+    return {name: total / count for name, (total, count) in sorted(known.items())}
 
 
-@torch.no_grad()
 def _sums(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
     """Sums of the columns, float64; a handful of kernels however many there are."""
-    flat = [value for row in rows for value in row]
-    if device.type != "cpu":
-        flat = [value if value.is_cuda else value.to(device) for value in flat]
+    flat = [value if value.device.type == device.type else value.to(device) for row in rows for value in row]
     return torch.stack(flat).double().view(len(rows), -1).sum(dim=0)
 
 
 class Timeline(Protocol):
     """Moments, and the seconds between two of them."""
 
-    gapless: bool
-    """Whether what lies between two phases is counted with the first of them, to save a mark."""
-
     def mark(self) -> Any:
         """This moment; nobody waits for it to come."""
         ...
 
-    def seconds(self, start: Any, end: Any) -> float | None:
-        """Between two marks; None while the second lies ahead."""
+    def spans(self, marks: Sequence[Any]) -> list[float] | None:
+        """Seconds from each mark to the next; None while the last one lies ahead."""
         ...
 
 
 class HostTimeline:
     """What a clock of the host says."""
 
-    gapless = False
-
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.mark = clock
 
-    def seconds(self, start: float, end: float) -> float | None:
-        return end - start
+    def spans(self, marks: Sequence[float]) -> list[float]:
+        return [end - start for start, end in pairwise(marks)]
 
 
 class CudaTimeline:
@@ -187,15 +195,19 @@ class CudaTimeline:
     Marks are events of CUDA. They are recorded and asked, never waited for.
     """
 
-    gapless = True
-
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
-        return start.elapsed_time(end) / 1000 if end.query() else None
+    def spans(self, marks: Sequence[torch.cuda.Event]) -> list[float] | None:
+        if not marks[-1].query():
+            return None
+        return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+
+
+_Turns = tuple[list[Any], list[str | None]]
+"""Marks of a step, and the phase that begins at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +223,8 @@ class Laps:
 class Stopwatch:
     """Seconds of each step by phase, as they pass on a timeline.
 
-    A phase inside another takes its time from it, so the sum of a step never exceeds what it took. On the device's
+    A phase lasts until another begins or the step ends, which saves a mark; one inside another takes its time from it,
+    so the sum of a step never exceeds what it took. What happens between two steps belongs to none. On the device's
     timeline a step is known a little after the host has left it.
 
     Args:
@@ -225,16 +238,17 @@ class Stopwatch:
         self._phases = {name: _Phase(self, name) for name in PHASES}
         self._in_no_phase = nullcontext()
         self._open: list[str] = []
-        self._turns: list[tuple[Any, str | None]] = []
-        """Of this step: marks, and the phase that begins at each."""
-        self._laps: deque[list[tuple[Any, str | None]]] = deque()
+        self._turns: _Turns = [], []
+        """Of this step."""
+        self._laps: deque[_Turns] = deque()
         """Steps that lie behind the host and perhaps ahead of the device."""
         self._n, self._sums = 0, dict[str, float]()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Around what is charged to a phase of `PHASES`."""
-        assert name in PHASES, f"phase {name!r} is not one of {PHASES}"
-        return self._phases[name]
+        found = self._phases.get(name)
+        assert found is not None, f"phase {name!r} is not one of {PHASES}"
+        return found
 
     def waiting(self) -> AbstractContextManager[None]:
         """Around a collective: time of no phase if none is open, as during an evaluation."""
@@ -243,11 +257,11 @@ class Stopwatch:
     def lap(self) -> None:
         """A step has ended; no phase is open."""
         assert not self._open, self._open
-        if self._turns:
-            if self._timeline.gapless:
-                self._turn(None)
+        marks, _ = self._turns
+        if marks:
+            self._turn(None)
             self._laps.append(self._turns)
-            self._turns = []
+            self._turns = [], []
         self._settle()
 
     def read(self) -> Laps:
@@ -263,27 +277,28 @@ class Stopwatch:
 
     def leave(self) -> None:
         self._open.pop()
-        if self._open or not self._timeline.gapless:
-            self._turn(self._open[-1] if self._open else None)
+        if self._open:
+            self._turn(self._open[-1])
 
     def _turn(self, phase: str | None) -> None:
-        self._turns.append((self._timeline.mark(), phase))
+        marks, phases = self._turns
+        marks.append(self._timeline.mark())
+        phases.append(phase)
 
     def _settle(self) -> None:
         """Take in the steps that the timeline has reached."""
-        between, sums = self._timeline.seconds, self._sums
+        sums = self._sums
         while self._laps:
-            turns = self._laps[0]
-            if between(turns[0][0], turns[-1][0]) is None:
+            marks, phases = self._laps[0]
+            spans = self._timeline.spans(marks)
+            if spans is None:
                 return
             self._laps.popleft()
             self._n += 1
             seconds: dict[str, float] = {}
-            start, phase = turns[0]
-            for end, following in turns[1:]:
+            for phase, span in zip(phases, spans):  # noqa: B905 - nothing comes after the last mark
                 if phase is not None:
-                    seconds[phase] = seconds.get(phase, 0.0) + (between(start, end) or 0.0)
-                start, phase = end, following
+                    seconds[phase] = seconds.get(phase, 0.0) + span
             for phase, passed in seconds.items():
                 sums[phase] = sums.get(phase, 0.0) + passed
             if self._on_lap is not None:

@@ -71,7 +71,10 @@ class ScrapeServer(socketserver.ThreadingTCPServer):
         """Whether anybody who may has asked for a page."""
         self._answered: Page | None = None
         self._news = threading.Condition()
-        self._open: dict[socket.socket, threading.Thread] = {}
+        self._open: dict[socket.socket, None] = {}
+        """Connections, the oldest first."""
+        self._answering: list[threading.Thread] = []
+        """Of connections; one lives a little longer than its connection."""
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         super().__init__(address, _Handler)
@@ -126,9 +129,10 @@ class ScrapeServer(socketserver.ThreadingTCPServer):
             self._thread.join()
         self.server_close()
         with self._guard:
-            left = dict(self._open)
-        for connection, thread in left.items():
+            left, threads = list(self._open), self._answering
+        for connection in left:
             _hang_up(connection)
+        for thread in threads:
             thread.join()
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -149,7 +153,8 @@ class ScrapeServer(socketserver.ThreadingTCPServer):
                 _hang_up(oldest)
                 self._open[oldest] = self._open.pop(oldest)  # its thread takes it out; the next one is another's turn
             thread.start()
-            self._open[request] = thread
+            self._open[request] = None
+            self._answering = [*(one for one in self._answering if one.is_alive()), thread]
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

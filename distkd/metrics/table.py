@@ -201,6 +201,12 @@ METRICS = (
     Metric(
         "distkd_checkpoints_total", "counter", "run", "Checkpoints by how they ended: written or failed.", ("result",)
     ),
+    Metric(
+        "distkd_checkpoint_failures",
+        "gauge",
+        "run",
+        "Checkpoints that have failed since the last whole one; told also while the run root takes no counters.",
+    ),
     # the machine
     Metric(
         "distkd_gpu_memory_bytes",

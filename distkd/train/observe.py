@@ -58,6 +58,8 @@ class Observer:
         """A reading that `ranks.json` does not have yet."""
         self._began = self._counted = time.perf_counter()
         self._saver: Saver | None = None
+        self._whole = 0, 0
+        """Whole checkpoints of this attempt, and those that had failed when the last of them was whole."""
         self._traffic = job.engine.traffic(job.passes, follows=job.method.follows_weights)
         self._calls, self._bytes = comm.counts.copy(), comm.moved_bytes.copy()
         self.ledger.live("distkd_loader_queue_depth", self.backlog)
@@ -81,6 +83,7 @@ class Observer:
         ledger.add("distkd_skipped_steps_total", 0)
         for result in ("written", "failed"):
             ledger.add("distkd_checkpoints_total", 0, result)
+        ledger.set("distkd_checkpoint_failures", 0)
 
     def watch_saver(self, saver: Saver) -> None:
         """On the main rank, which alone knows when a checkpoint is whole."""
@@ -97,6 +100,7 @@ class Observer:
         self._count_failures()
         if not self._job.world.is_main:
             return
+        self.ledger.set("distkd_checkpoint_failures", None)  # a textfile would go on saying so for ever
         self.ledger.set("distkd_run_finished", float(error is None))
         self.ledger.set("distkd_run_stopped", float(isinstance(error, Interrupted)))
         if isinstance(error, NonFiniteError):
@@ -187,8 +191,13 @@ class Observer:
         ledger.set_counter("distkd_shard_errors_total", dataset.failures)
         ledger.set_counter("distkd_skipped_samples_total", dataset.unreadable.replaced)
         if self._saver is not None:
-            ledger.set_counter("distkd_checkpoints_total", self._saver.n_written, "written")
-            ledger.set_counter("distkd_checkpoints_total", self._saver.n_failed, "failed")
+            written, failed = self._saver.n_written, self._saver.n_failed
+            ledger.set_counter("distkd_checkpoints_total", written, "written")
+            ledger.set_counter("distkd_checkpoints_total", failed, "failed")
+            if written != self._whole[0]:
+                self._whole = written, failed
+            # a run root that is full takes no counters either, which then stand still: a gauge goes on
+            ledger.set("distkd_checkpoint_failures", failed - self._whole[1])
 
     def _gauges(self, gauges: Mapping[str, float]) -> None:
         weights: dict[str, float] = {}

@@ -254,12 +254,14 @@ class Saver:
         # the note has its place on the disk before the disk is full
         note = partial / f"rank-{rank:05d}.note"
         note.write_text(" " * 512)
+        path = partial / f"rank-{rank:05d}.safetensors"
         try:
-            path = partial / f"rank-{rank:05d}.safetensors"
             save_file(copy.tensors, path)
             sync(path)
             note.write_text(json.dumps({"sha256": digest(path)}))
         except Exception as error:
+            with suppress(OSError):  # a piece of no use, whose room others of this run need
+                path.unlink(missing_ok=True)
             with suppress(OSError):
                 note.write_text(json.dumps({"error": str(error)[:400]}))
             raise

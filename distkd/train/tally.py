@@ -150,11 +150,12 @@ class Tally:
         if any(n_untold for _, _, n_untold, *_ in reduced.by_rank):  # known to all ranks, so all go this way
             unreadable.tell(gather_objects(untold, self.job.world))
         means = settle(reduced.means)
+        groups = _groups(means)
         return Reading(
             loss=means.get("loss"),
             grad_norm=means.get("grad_norm"),
-            parts=_of_group("parts", means),
-            gauges=_of_group("gauges", means),
+            parts=groups["parts"],
+            gauges=groups["gauges"],
             timings=laps.seconds | _straggler(shares),
             stop=reduced.flags > 0,
             replaced=replaced,
@@ -196,9 +197,14 @@ class Tally:
         return any_rank(stop_flag.is_set(), self.job.world, device=self.job.device)
 
 
-def _of_group(group: str, means: Mapping[str, float]) -> dict[str, float]:
-    """The means of one group of `Meter.add`, under their own names."""
-    return {name.removeprefix(f"{group}:"): mean for name, mean in means.items() if name.startswith(f"{group}:")}
+def _groups(means: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The means of each group of `Meter.add`, under their own names."""
+    groups: dict[str, dict[str, float]] = {"parts": {}, "gauges": {}}
+    for name, mean in means.items():
+        group, _, own = name.partition(":")
+        if own:
+            groups[group][own] = mean
+    return groups
 
 
 def _shares(by_rank: Sequence[Sequence[float]], steps: int, own_work: Sequence[str]) -> list[RankShare]:

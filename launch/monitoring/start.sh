@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prometheus for the runs of some run roots, on this machine alone.
 set -euo pipefail
+unset CDPATH # where it is exported, `cd` may go elsewhere, and says where
 monitoring=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
@@ -17,7 +18,8 @@ options:
   --data FOLDER  where to keep what is collected, on a disk of this machine: Prometheus does not support network file
                  systems (default: ${XDG_STATE_HOME:-~/.local/state}/distkd/prometheus). Two at once need two folders
   --keep TIME    how long it is kept, such as 30d (default 90d)
-  --config FILE  your copy of launch/monitoring/prometheus.yml, for an Alertmanager, passwords or more targets
+  --config FILE  your copy of launch/monitoring/prometheus.yml, for an Alertmanager, passwords or more targets; what it
+                 names without a / in front lies beside it
   --check        check configuration and rules, and stop
   -h, --help     show this
 
@@ -173,7 +175,12 @@ leave() {
     rm -rf "$notes"
 }
 trap leave EXIT
-known=$notes/folders config=$notes/prometheus.yml
+known=$notes/.folders config=$notes/.prometheus.yml
+if [[ $template != "$monitoring/prometheus.yml" ]]; then
+    # files of a password, of rules or of more targets, which it may name as lying beside it
+    beside=$(cd "$(dirname "$template")" && pwd)
+    for file in "$beside"/*; do [[ ! -e $file ]] || ln -s "$file" "$notes/"; done
+fi
 look
 render "$config"
 # rules first: by way of the configuration not every error in an expression is found, nor its file named
@@ -241,7 +248,7 @@ Prometheus watches ${roots[*]}
   alerts              http://127.0.0.1:$port/alerts
   ranks found         http://127.0.0.1:$port/targets
   data                $data (kept for $keep)
-Train with --metrics.export local (network where ranks are on other machines). From another machine: ssh -L $port:127.0.0.1:$port $(hostname)
+Train with --metrics.export local (network where ranks are on other machines). From another machine: ssh -L $port:127.0.0.1:$port $HOSTNAME
 Dashboards: launch/monitoring/grafana, data source http://127.0.0.1:$port. Ctrl-C ends it.
 TEXT
         fi

@@ -49,9 +49,9 @@ class Case:
 
 def _reduced() -> list[Case]:
     return [
-        Case("dc_distill", "ddp", 2, 4),
+        Case("dc_distill", "ddp", 2, 3),
         Case("dc_teacher", "ddp", 2, 2, in_place=True),
-        Case("logit_kd", "ddp", 1, 4),
+        Case("logit_kd", "ddp", 1, 5),
     ]
 
 

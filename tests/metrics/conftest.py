@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.metrics.exporters import be_patient
 from tests.require import require
 
 
@@ -23,6 +24,12 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     command = ["openssl", "req", *kind, *about, "-keyout", str(key), "-out", str(cert)]
     subprocess.run(command, check=True, capture_output=True)
     return cert, key
+
+
+@pytest.fixture(autouse=True)
+def _disk_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of a disk that hangs shorten their patience themselves."""
+    be_patient(monkeypatch)
 
 
 @pytest.fixture

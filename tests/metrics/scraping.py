@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+import time
 import urllib.request
 from collections.abc import Mapping
 from itertools import product
@@ -53,8 +54,16 @@ def scrape(address: str) -> dict[str, float]:
 
 
 def left_over() -> list[str]:
-    """Threads of exporters that still run."""
+    """Threads of exporters that run now."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("metrics")]
+
+
+def left_for_good(patience_s: float = 60.0) -> list[str]:
+    """Threads of exporters that do not end; one that has answered its scrape may take a moment to be gone."""
+    end = time.monotonic() + patience_s
+    while (left := left_over()) and time.monotonic() < end:
+        time.sleep(0.01)  # polling other threads, not waiting for luck
+    return left
 
 
 def full_ledger() -> Ledger:

@@ -39,15 +39,23 @@ from distkd.train import run as running
 from distkd.train.loop import train
 from tests.launch.processes import REPOSITORY, environment
 from tests.laws.common import before_steps, settings_of
-from tests.metrics.exporters import LABELS, LOCAL, exporter_of, free_port, nothing_is_announced, small_ledger
-from tests.metrics.scraping import left_over, scrape, target
+from tests.metrics.exporters import (
+    LABELS,
+    LOCAL,
+    be_patient,
+    exporter_of,
+    free_port,
+    nothing_is_announced,
+    small_ledger,
+)
+from tests.metrics.scraping import left_for_good, scrape, target
 from tests.small import Small
 
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
     yield
-    assert left_over() == []
+    assert left_for_good() == []
 
 
 def _train(world: World, config: dict[str, Any], at: int) -> dict[str, Any]:
@@ -72,10 +80,11 @@ def _train(world: World, config: dict[str, Any], at: int) -> dict[str, Any]:
 
     comm.counts.clear()
     with before_steps(hook), pytest.MonkeyPatch.context() as patch:
+        be_patient(patch)
         if at >= 0:
             patch.setattr(running, "start_exporter", start)
         train(settings_of(config), world)
-    return {**seen, "collectives": dict(comm.counts), "left": left_over()}
+    return {**seen, "collectives": dict(comm.counts), "left": left_for_good()}
 
 
 def test_both_ranks_of_a_run_serve_what_metrics_jsonl_says(ranks: Any, small: Small, tmp_path: Path):
@@ -127,7 +136,7 @@ def test_a_target_is_gone_however_the_run_ends_and_counters_go_on(small: Small, 
     with pytest.raises((Interrupted, KeyboardInterrupt, ZeroDivisionError)), before_steps(end):
         train(settings, World())
     assert nothing_is_announced(tmp_path)
-    assert left_over() == []
+    assert left_for_good() == []
 
     with before_steps(lambda *_: seen.append(scrape(target(settings.folder)[0]))):
         train(settings, World())

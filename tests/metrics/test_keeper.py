@@ -25,7 +25,7 @@ from distkd.metrics import keeper as keeping
 from distkd.metrics.keeper import Keeper, Textfile, counters_file
 from distkd.metrics.ledger import Ledger
 from tests.launch.processes import REPOSITORY, environment
-from tests.metrics.scraping import full_ledger, left_over, scrape, values
+from tests.metrics.scraping import full_ledger, left_for_good, scrape, values
 
 SAMPLES = "counter distkd_samples_total"
 
@@ -35,7 +35,7 @@ def _only_when_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is refreshed but by the test, and no thread is left behind."""
     monkeypatch.setattr(keeping, "_INTERVAL_S", 3600.0)
     yield
-    assert left_over() == []
+    assert left_for_good() == []
 
 
 @contextmanager
@@ -111,6 +111,7 @@ def test_no_counter_falls_however_attempts_end(events: list[str]):
             save(*arguments)
 
         patch.setattr(keeping, "write_text", written)
+        patch.setattr(os, "fsync", lambda _: None)  # some hundred files, and no power is lost here
         ledger = Ledger()
         keeper = Keeper(ledger, path, World(), info={})
         for event in [*events, "closed"]:
@@ -150,7 +151,7 @@ exporter = Exporter(
     MetricsConfig(export="local"), Path({str(tmp_path)!r}), World(), ledger=ledger, labels={{"run": "r"}}, info={{}}
 )
 ledger.add("distkd_samples_total", 8)
-exporter._keeper.refresh()
+exporter._keeper.refresh(240.0)
 keeper.write_text = lambda *_: sys.stdin.read()  # a disk that never answers
 ledger.add("distkd_samples_total", 8)
 ledger.set("distkd_train_step", 2)

@@ -1,5 +1,8 @@
 """Means over steps and ranks by one collective, and host time by phase."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +36,13 @@ def on_ranks(monkeypatch, per_rank, flags):
     assert len({packed.shape for packed in sent}) == 1  # one collective of one shape, whatever the names
     monkeypatch.setattr(meters, "all_reduce_sum", lambda packed, world: torch.stack(sent).sum(dim=0))
     return [filled(world.rank).reduce(world, flag=flags[world.rank], own=(world.rank, 7)) for world in worlds]
+
+
+def like_a_device() -> Meter:
+    """On this host, but as if each read of a value were waited for."""
+    meter = Meter()
+    meter._reads_are_free = False
+    return meter
 
 
 def test_one_process_gets_the_mean_over_its_steps_and_starts_afresh():
@@ -98,10 +108,21 @@ def test_reducing_reads_the_device_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or plain(self))
     for name in ("item", "__float__", "__int__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *_: pytest.fail("a second read"))
-    meter = Meter()
+    meter = like_a_device()
     meter.add({f"part {i}": torch.tensor(1.0) for i in range(20)})
     meter.reduce(World())
     assert len(reads) == 1
+
+
+def test_a_device_and_the_host_find_the_same_means():
+    found = []
+    for meter in (Meter(), like_a_device()):
+        for step in range(7):
+            meter.add({"loss": torch.tensor(1 / (step + 3))}, parts={"kl": torch.tensor(step / 7, dtype=torch.float64)})
+            meter.add({"loss": torch.tensor(step / 3, dtype=torch.float64)})
+        found.append(meter.reduce(World()))
+    assert found[0].means == pytest.approx(found[1].means, rel=1e-15)
+    assert list(found[0].means) == ["loss", "parts:kl"]
 
 
 class Clock:
@@ -118,11 +139,12 @@ def test_phases_sum_over_steps_until_read_in_a_fixed_order():
     for _ in range(2):
         with watch.phase("forward"):
             clock.now += 2.0
-        clock.now += 50.0  # between phases: nobody's
+        clock.now += 50.0  # between two phases: the first one's
         with watch.phase("data"):
             clock.now += 1.0
         watch.lap()
-    assert watch.read() == Laps(2, {"data": 2.0, "forward": 4.0})
+        clock.now += 7.0  # between two steps: nobody's
+    assert watch.read() == Laps(2, {"data": 2.0, "forward": 104.0})
     assert list(watch.read().seconds) == []
 
 
@@ -191,18 +213,17 @@ def test_waiting_for_others_is_taken_from_the_phase_it_happens_in():
             clock.now += 3.0
         with watch.phase("data"):
             clock.now += 1.0
-    with watch.waiting():  # outside of any phase
-        clock.now += 9.0
     with watch.phase("optimizer"):
         clock.now += 2.0
+    watch.lap()
+    with watch.waiting():  # in an evaluation: no part of a step
+        clock.now += 9.0
     watch.lap()
     assert watch.read().seconds == {"data": 1.0, "forward": 2.0, "collective": 3.0, "optimizer": 2.0}
 
 
 class Device:
     """A timeline whose marks are reached one after the other, as the events of a stream are, and asked before."""
-
-    gapless = True
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -213,9 +234,10 @@ class Device:
         self.marks.append(self.now)
         return len(self.marks) - 1
 
-    def seconds(self, start: int, end: int) -> float | None:
-        assert start <= end
-        return self.marks[end] - self.marks[start] if end < self.reached else None
+    def spans(self, marks: Sequence[int]) -> list[float] | None:
+        if marks[-1] >= self.reached:
+            return None
+        return [self.marks[end] - self.marks[start] for start, end in pairwise(marks)]
 
 
 def test_steps_are_told_in_order_when_the_device_has_reached_their_end():

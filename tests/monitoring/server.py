@@ -32,7 +32,10 @@ FACTOR = 30
 _LEAST_S = 4
 """Shortest range: a rate over it has to find two scrapes also on a machine that has other things to do."""
 _LEAST_WAIT_S = 8
-"""Shortest `for`: Prometheus takes targets down every five seconds, so that a rank which has ended may miss scrapes."""
+"""Shortest `for`."""
+_LEAST_DOWN_S = 25
+"""Shortest `for` of an alert on ranks that do not answer: Prometheus takes targets down every five seconds, so that a
+rank which has ended may miss scrapes, and a busy machine may take as long to let one answer."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _POLL_S = 0.2
 _Value = TypeVar("_Value")
@@ -63,7 +66,8 @@ def shortened(rules: dict[str, Any]) -> dict[str, Any]:
         for rule in group["rules"]:
             expr = re.sub(r"\[(\w+)\]", lambda match: f"[{_shorter(match[1], _LEAST_S)}]", rule["expr"])
             expr = re.sub(r"\boffset (\w+)", lambda match: f"offset {_shorter(match[1], _LEAST_S)}", expr)
-            waits = {"for": _shorter(rule["for"], _LEAST_WAIT_S)} if "for" in rule else {}
+            least_s = _LEAST_DOWN_S if re.search(r"\bup\b", expr) else _LEAST_WAIT_S
+            waits = {"for": _shorter(rule["for"], least_s)} if "for" in rule else {}
             found.append({**rule, "expr": expr, **waits})
         groups.append({**group, "rules": found})
     return {"groups": groups}
@@ -101,6 +105,12 @@ class Server:
         found = self.query(expr, at)
         assert len(found) < 2, f"{expr} has {len(found)} series"
         return found[0].value if found else None
+
+    def scrapes(self, series: str, at: float) -> list[list[tuple[float, float]]]:
+        """Time and value of what each series was found to be in the hour before, oldest first."""
+        found = self._get("query", query=f"{series}[1h]", time=f"{at:.3f}")
+        assert found["resultType"] == "matrix", found["resultType"]
+        return [[(time, float(value)) for time, value in one["values"]] for one in found["result"]]
 
     def alerts(self) -> list[Alert]:
         """Those that fire now."""

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from tests.launch.processes import Launched, environment
 from tests.launch.runs import law_run, write_config
 from tests.monitoring import server as real
 
-pytestmark = [pytest.mark.prometheus, pytest.mark.slow]
+pytestmark = [pytest.mark.prometheus, pytest.mark.slow, pytest.mark.timeout(900)]  # the first one trains
 
 PANELS = {panel.title: panel for panel in panels_of(json.loads(FILE.read_text())) if panel.kind != "row"}
 EMPTY = {
@@ -35,6 +35,9 @@ class Trained:
     folder: Path
     server: Server
     window: Window
+    """Up to its end."""
+    at_work: Window
+    """Up to a moment at which both ranks made steps: at the end one is gone before the other, and neither makes any."""
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,12 @@ def trained(prometheus, shards: Path, root: Path, tmp_path_factory: pytest.TempP
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["tests/monitoring/slow_rank.py", str(path)]
     with Launched(command, place / "log", environment(DISTKD_TEST_WAITS="0.05,0.05")) as run:
-        assert run.wait() == 0, run.said()
+        assert run.wait(800) == 0, run.said()
     asked = Server(server.url)
-    return Trained(folder, asked, window_of(asked, "run", 30, time.time()))
+    window = window_of(asked, "run", 30, time.time())
+    steps = substituted('count(rate(distkd_steps_total{run="$run"}[$__rate_interval]) > 0) == 2', "run", window)
+    [both] = asked.over(steps, window)
+    return Trained(folder, asked, window, replace(window, end=float(both["values"][-1][0])))
 
 
 @pytest.mark.parametrize("title", [title for title in PANELS if title not in EITHER])
@@ -62,7 +68,7 @@ def test_every_panel_shows_the_run(trained, title):
     for target in PANELS[title].targets:
         expr = substituted(target["expr"], "run", trained.window)
         if target.get("instant"):
-            found = [{**one, "values": [one["value"]]} for one in trained.server.instant(expr, trained.window.end)]
+            found = [{**one, "values": [one["value"]]} for one in trained.server.instant(expr, trained.at_work.end)]
         else:
             found = trained.server.over(expr, trained.window)
         numbers = [float(text) for one in found for _, text in one["values"]]
@@ -83,6 +89,6 @@ def test_losses_are_those_of_the_metrics_file(trained):
 
 
 def test_both_ranks_have_a_row_in_the_table(trained):
-    rows = rows_of(trained.server, PANELS["Ranks"], "run", trained.window)
+    rows = rows_of(trained.server, PANELS["Ranks"], "run", trained.at_work)
     assert {row["rank"] for row in rows} == {"0", "1"}
     assert len({tuple(row) for row in rows}) == 1

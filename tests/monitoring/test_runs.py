@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from tests.launch.runs import write_config
 from tests.laws.common import law_config
 from tests.monitoring.server import Alert, Server
 
-pytestmark = [pytest.mark.prometheus, pytest.mark.slow, pytest.mark.timeout(600)]  # waits for four ranks in all
+pytestmark = [pytest.mark.prometheus, pytest.mark.slow, pytest.mark.timeout(1200)]  # waits for four ranks in all
 
 WELL, ILL = "study/well", "ill"
-WAITS = {WELL: "0.15,0.15", ILL: "0.02,0.2"}
-"""Seconds that the ranks wait in every forward: in the second run rank 1 is a straggler."""
+WAITS = {WELL: "0.3,0.3", ILL: "0.02,0.6"}
+"""Seconds that the ranks wait in every forward: in the second run rank 1 is a straggler, also where the rest of a step
+takes many times as long as it should; and in the first run none is, however unevenly it does.
+"""
 EPOCHS = {WELL: 14, ILL: 10_000}
 """Of 15 steps each."""
 
@@ -82,6 +85,10 @@ def seen(server: Server, shards: Path) -> Iterator[Seen]:
     def firing(name: str) -> list[Alert]:
         return [alert for alert in server.alerts() if alert.name == name and alert.labels["run"] == ILL]
 
+    def fires(name: str, alerts: list[Alert]) -> bool:
+        alerts[:] = firing(name)  # kept as they were found: they may pass
+        return bool(alerts)
+
     def found(n_ranks: int) -> bool:
         seen.together = {(one.labels["run"], one.labels["rank"]) for one in server.query("up == 1")}
         return len(seen.together) == n_ranks
@@ -91,17 +98,15 @@ def seen(server: Server, shards: Path) -> Iterator[Seen]:
         wait_for(lambda: found(2), ill, poll_s=0.5)  # first the one that does not end by itself
         well = stack.enter_context(_start(WELL, shards, root))
         wait_for(lambda: found(4), well, poll_s=0.5)
-        wait_for(lambda: firing("DistkdStraggler"), ill, poll_s=0.5)
-        seen.straggling = firing("DistkdStraggler")
+        wait_for(lambda: fires("DistkdStraggler", seen.straggling), ill, poll_s=0.5)
 
         os.kill(ill.ranks()[1], signal.SIGSTOP)
-        wait_for(lambda: firing("DistkdRankDown"), ill, poll_s=0.5)
-        seen.stopped = firing("DistkdRankDown")
+        wait_for(lambda: fires("DistkdRankDown", seen.stopped), ill, poll_s=0.5)
 
         ill.kill()
-        assert well.wait() == 0, well.said()
         server.until(lambda: firing("DistkdRunEndedEarly"), "alert for the run that was killed")
         seen.killed = {alert.name: alert for alert in server.alerts() if alert.labels["run"] == ILL}
+        assert well.wait() == 0, well.said()
         own = f'{{run="{WELL}",__name__=~"up|distkd_.+"}}'
         server.until(lambda: not server.query(own), "end of the series of the run that went well")
         yield seen
@@ -114,12 +119,15 @@ def test_runs_that_train_at_once_are_found_those_of_a_study_too(seen):
 def test_throughput_is_that_of_the_metrics_file(server, seen):
     lines = [line for line in metrics(seen.folder) if "samples" in line]
     times, samples = ([line[name] for line in lines] for name in ("time", "samples"))
-    end = times[-1] - 1
-    window_s = int(end - times[0]) - 3  # the first scrape comes some seconds after the first step
-    assert window_s >= 25  # ranks publish every two seconds, which must be little of it
-    rate = server.value(f'sum by (run) (rate(distkd_samples_total{{run="{WELL}"}}[{window_s}s]))', at=end)
-    before, after = np.interp([end - window_s, end], times, samples)
-    assert rate == pytest.approx((after - before) / window_s, rel=0.1)
+    scraped = server.scrapes(f'distkd_samples_total{{run="{WELL}"}}', at=time.time())
+    assert len(scraped) == 2
+    assert sum(of_rank[-1][1] for of_rank in scraped) == samples[-1]
+    # while it trained: ranks publish every two seconds, or later where the disk is slow
+    during = [[point for point in of_rank if times[0] < point[0] < times[-1]] for of_rank in scraped]
+    shown = sum((of_rank[-1][1] - of_rank[0][1]) / (of_rank[-1][0] - of_rank[0][0]) for of_rank in during)
+    start, end = during[0][0][0], during[0][-1][0]
+    before, after = np.interp([start, end], times, samples)
+    assert shown == pytest.approx((after - before) / (end - start), rel=0.4)  # one rank alone makes half of it
 
 
 def test_a_straggler_is_named_and_no_other_rank(seen):

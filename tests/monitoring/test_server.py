@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.monitoring.fake import FakeRank
-from tests.monitoring.server import Alert, Server
+from tests.monitoring.server import Alert, Sample, Server
 
 pytestmark = pytest.mark.prometheus
 
 HEALTHY = {"distkd_straggler_index": 1.0, "distkd_checkpoint_age_seconds": 9.0, 'distkd_loss{part="total"}': 0.5}
 ILL = {
-    "distkd_last_step_timestamp_seconds": time.time() - 4000,
     "distkd_step_wall_seconds_sum": 300.0,
     "distkd_step_wall_seconds_count": 600,
     "distkd_train_step": 600,
@@ -45,6 +44,7 @@ def server(prometheus, root) -> Server:
 @pytest.fixture(scope="module")
 def ranks(root) -> Iterator[dict[str, FakeRank]]:
     """All at once: Prometheus takes targets up every five seconds only."""
+    stands_still = {"distkd_last_step_timestamp_seconds": time.time() - 4000}
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(FakeRank(root / run, rank, **values))
@@ -55,7 +55,7 @@ def ranks(root) -> Iterator[dict[str, FakeRank]]:
                 ("again", "again", 0, {"distkd_steps_total": 100}),
                 ("ends", "ends", 0, HEALTHY | ENDED),
                 ("slow", "slow", 0, SLOW),
-                ("ill", "ill", 0, ILL),
+                ("ill", "ill", 0, ILL | stands_still),
             )
         }
 
@@ -65,8 +65,11 @@ def _firing(server: Server, name: str, run: str) -> list[Alert]:
 
 
 def test_ranks_carry_the_labels_of_their_targets_whatever_they_say_themselves(server, ranks):
-    server.until(lambda: len(server.query('distkd_train_step{run="found"}')) == 2, "two ranks")
-    found = {one.labels["rank"]: one for one in server.query('distkd_train_step{run="found"}')}
+    def both() -> list[Sample]:
+        series = server.query('distkd_train_step{run="found"}')
+        return series if len(series) == 2 else []  # a scrape that fails takes one away for a second
+
+    found = {one.labels["rank"]: one for one in server.until(both, "two ranks")}
     assert (found["0"].value, found["1"].value) == (3, 5)
     labels = {"run": "found", "stage": "fake", "rank": "0", "node": "n1"}
     own = {"__name__": "distkd_train_step", "job": "distkd", "instance": "found/0"}
@@ -98,9 +101,15 @@ def test_a_rank_that_ends_takes_its_target_along_and_raises_nothing(server, rank
 
 
 def test_alerts_are_written_out_with_their_values(server, ranks):
-    server.until(lambda: {alert.name for alert in server.alerts()} >= ILLNESSES | {"DistkdStraggler"}, "alerts")
-    [straggler] = _firing(server, "DistkdStraggler", "slow")
-    found = {alert.name: alert for alert in server.alerts() if alert.labels["run"] == "ill"}
+    def all_at_once() -> list[Alert]:
+        alerts = server.alerts()
+        there = {(alert.labels["run"], alert.name) for alert in alerts}
+        wanted = {("slow", "DistkdStraggler"), *(("ill", name) for name in ILLNESSES)}
+        return alerts if wanted <= there else []
+
+    alerts = server.until(all_at_once, "alerts")
+    [straggler] = [alert for alert in alerts if alert.labels["run"] == "slow" and alert.name == "DistkdStraggler"]
+    found = {alert.name: alert for alert in alerts if alert.labels["run"] == "ill"}
     assert set(found) == ILLNESSES
     for alert in (straggler, *found.values()):
         assert "<" not in " ".join(alert.annotations.values())  # <no value>, <error expanding template: ...>

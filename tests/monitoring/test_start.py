@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.processes import Launched, environment, wait_for
+from tests.metrics.exporters import free_port
 from tests.monitoring.fake import FakeRank
 from tests.monitoring.server import MONITORING
 
@@ -37,14 +38,8 @@ def start(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_help_says_how_it_is_called():

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from tests.top.folders import append, line_of, ranks_of
 
 _PATIENCE_S = 90.0
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[\r\x00]")
+_END = b"\x00that is all\x00"
 _ENTER, _LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"
 
 
@@ -74,6 +76,11 @@ class Terminal:
             assert time.monotonic() < end, f"it does not end: {self.text[-3000:]!r}"
         while self._read(0.0):
             pass
+        os.write(self.other, _END)  # what the command wrote comes before it, though perhaps not at once
+        while _END not in self.seen:
+            self._read(0.1)
+            assert time.monotonic() < end, f"its last words do not come: {self.text[-3000:]!r}"
+        self.seen = self.seen.replace(_END, b"")
         return self.process.returncode
 
     @property
@@ -196,7 +203,7 @@ def test_a_run_folder_that_is_removed_ends_it_with_a_message(tmp_path: Path, ope
 def test_no_colour_where_none_is_wanted(tmp_path: Path, opened: list[Terminal]):
     folder = begin(tmp_path / "kd")
     colour = re.compile(rb"\x1b\[[0-9;]*3[0-7][0-9;]*m")
-    cases: list[tuple[dict[str, str], bool]] = [({}, True), ({"NO_COLOR": "1"}, False)]
+    cases: list[tuple[dict[str, Any], bool]] = [({}, True), ({"NO_COLOR": "1"}, False)]
     for environ, wanted in cases:
         opened.append(terminal := Terminal(str(folder), **environ))
         end = time.monotonic() + _PATIENCE_S

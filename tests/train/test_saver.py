@@ -32,7 +32,7 @@ def entries_of(tensors: dict[str, Tensor]) -> list[Entry]:
 
 def saver_of(folder: Path, world: World, **changes: Any) -> tuple[Saver, list[Fate]]:
     fates: list[Fate] = []
-    options: dict[str, Any] = {"background": True, "keep_last": 2, "keep_best": False, "patience_s": 30.0}
+    options: dict[str, Any] = {"background": True, "keep_last": 2, "keep_best": False, "patience_s": 200.0}
     options |= {"attempt": "a1", "is_current": lambda: True}
     saver = Saver(folder / "checkpoints", world, CPU, report=fates.append, **{**options, **changes})
     if world.is_main:
@@ -71,7 +71,7 @@ def test_a_checkpoint_holds_the_step_at_which_it_was_asked_for(tmp_path: Path):
     original = saver_module.save_file
 
     def slow(*arguments: Any) -> None:
-        assert go.wait(30)
+        assert go.wait(200)
         original(*arguments)
 
     saver, _ = saver_of(tmp_path, World(), keep_last=5)

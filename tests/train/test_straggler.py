@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,20 +106,24 @@ if find_spec("deepspeed") is not None:
     ENGINES += [{"name": "deepspeed", "precision": "fp32", "zero_stage": stage} for stage in (2, 3)]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine['name']}{engine.get('zero_stage', '')}")
 def test_who_waits_for_a_slow_rank_is_not_named(
     ranks: Any, shards: Path, root: Path, tmp_path: Path, engine: dict[str, Any]
 ):
-    """Where weights are gathered the fast rank waits in its forward or in its update."""
-    config = law_config(
-        "supervised",
-        shards,
-        root,
-        run={"root": str(tmp_path), "epochs": 1, "log_every": 5},
-        data={"threads": 0},
-        engine=engine,
-    )
-    ranks(2).run(_sleep, config=config, slow=1, seconds=0.25)
-    named = _named(config)
-    assert len(named) == 3
-    assert {rank for rank, _ in named} == {1}
+    """Where weights are gathered the fast rank waits in its forward or in its update.
+
+    Other work on the machine holds either rank up now and then. A rank that is slow by enough stands out from that,
+    whereas one that waits for it would have the same index, however slow that is.
+    """
+    tried: list[list[tuple[int | None, float | None]]] = []
+    for seconds in (0.25, 1.0, 4.0):
+        run = {"root": str(tmp_path / f"{seconds}"), "epochs": 1, "log_every": 5}
+        config = law_config("supervised", shards, root, run=run, data={"threads": 0}, engine=engine)
+        ranks(2).run(_sleep, config=config, slow=1, seconds=seconds)
+        tried.append(_named(config))
+        assert len(tried[-1]) == 3
+        is_named = {rank for rank, _ in tried[-1]} == {1}
+        if is_named and statistics.median(index or 0.0 for _, index in tried[-1]) > 1.5:
+            return
+    pytest.fail(f"named as slow, with its index, at each reading: {tried}")
