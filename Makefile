@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 ARGS ?=
 # processes that share out the tests; many of them wait for others more than they compute
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 3 ? n + 2 : 4)))
 FAULT_SEED ?= $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
 # ranks share the cores: one thread each
 export OMP_NUM_THREADS ?= 1

@@ -29,7 +29,7 @@ __all__ = ["SIZES", "Pool", "PoolError", "Ranks"]
 SIZES = (1, 2, 4)
 COLLECTIVE_TIMEOUT_S = 90.0
 JOB_TIMEOUT_S = 240.0
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 400.0
 GRACE_S = 60.0
 """How long the other ranks of a job may go on after one has raised."""
 

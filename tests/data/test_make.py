@@ -128,8 +128,8 @@ def test_of_two_processes_one_makes_the_set_and_the_other_waits(recipes: Path, t
             assert second.stderr.readline() == f"distkd: waits for another process, which makes shard set {out}\n"
             assert second.poll() is None
             (recipes / "go").touch()
-            said = second.communicate(timeout=60)[1]
-        first.communicate(timeout=60)
+            said = second.communicate(timeout=240)[1]
+        first.communicate(timeout=240)
     assert (first.returncode, second.returncode) == (int(first_fails), 0), said
     assert (recipes / "made").read_text() == "once "
     assert [path.name for path in out.parent.iterdir()] == ["out"]

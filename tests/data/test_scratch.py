@@ -291,7 +291,7 @@ def test_of_several_processes_one_copies_and_the_others_wait(toy_folder: Path, t
             assert process.stderr is not None
             assert "waits for another process, which copies" in process.stderr.readline()
         assert not (target / name).exists()
-    said = [process.communicate(timeout=60) for process in processes]
+    said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert [out for out, _ in said] == [f"{target / name}\n"] * 2
     assert sum(err.count(": copied shard set") for _, err in said) == 1
@@ -309,7 +309,7 @@ def test_a_killed_copy_goes_on_where_it_was(toy_folder: Path, tmp_path: Path, ca
         pipe.write(content[: len(content) // 2])
         pipe.flush()
         process.send_signal(signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
+        assert process.wait(240) == -signal.SIGKILL
         last.unlink()
     last.write_bytes(content)
     assert process.stdout is not None

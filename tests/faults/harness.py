@@ -32,7 +32,7 @@ OUTER = [
 """When, and whom: one rank or all processes by SIGKILL, one rank by a signal that asks for a stop."""
 IN_PLACE = [("training", "one"), ("saving", "one"), ("evaluating", "one"), ("finishing", "one")]
 """Under a torchrun that starts the ranks again by itself."""
-ROUNDS = 6
+ROUNDS = 20
 """Runs of one trial before it gives up: a kill that came after the end is tried in a fresh run."""
 
 
@@ -212,12 +212,17 @@ class Trial:
         time.sleep(kill.delay_s)  # the random part of the moment
         if run.process.poll() is not None:
             return None
+        starts = len(folders.starts(self.folder))  # torchrun may bring the ranks back before anybody looks again
         if kill.whom == "all":
             run.kill([run.process.pid, *members])
             run.kill()  # whoever was started since
+            starts = len(folders.starts(self.folder))
         else:
-            os.kill(ranks[kill.rank], kill.number)
-        hit = Hit(kill, self.where(), starts=len(folders.starts(self.folder)))
+            try:
+                os.kill(ranks[kill.rank], kill.number)
+            except ProcessLookupError:
+                return None
+        hit = Hit(kill, self.where(), starts=starts)
         self.starts = hit.starts
         return hit
 

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 
 from tests.launch import folders
-from tests.launch.processes import Launched, ranks_command, wait_for
+from tests.launch.held import Hold, go_on, held
+from tests.launch.processes import Launched, environment, ranks_command
 from tests.launch.runs import Finish, law_run, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 Mount = Callable[..., Path]
+
+WHOLE = 14
+"""Step with which one checkpoint is on disk for certain: the one of step 12 has waited for it."""
 
 SLOW_DISK = """
 import os, sys, time
@@ -88,14 +92,17 @@ def _in_a_row(folder: Path) -> int:
 def test_a_checkpoint_that_finds_no_room_is_told_and_training_goes_on(
     config: dict[str, Any], whole: Path, tmp_path: Path, mount: Mount
 ):
-    # far enough apart to make room between two of them
     path, folder = write_config({**config, "run": {**config["run"], "checkpoint_every": 15}}, tmp_path)
     checkpoints = mount(folder / "checkpoints", "-t", "tmpfs", "-o", "size=2m", "none")
-    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
-        wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)
+    hold = Hold(tmp_path / "held", 8, 35, ranks=1)
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run).values()
         ballast = _fill(checkpoints)
-        wait_for(lambda: _failures(folder), run)
+        go_on(ranks)
+        held(hold, run, 1)
+        assert [failure["step"] for failure in _failures(folder)] == [15]  # that of step 30 is looked at when 45 is due
         ballast.unlink()
+        go_on(ranks)
         assert run.wait() == 0, run.said()
         said = run.said()
     assert "No space left on device" in _failures(folder)[0]["reason"]
@@ -110,9 +117,11 @@ def test_three_failures_in_a_row_stop_all_ranks_and_leave_the_older_checkpoint(
 ):
     path, folder = write_config(config, tmp_path)
     checkpoints = mount(folder / "checkpoints", "-t", "tmpfs", "-o", "size=2m", "none")
-    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
-        wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)
+    hold = Hold(tmp_path / "held", WHOLE, ranks=2)
+    with Launched(ranks_command(path, ranks=2), tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run).values()
         ballast = _fill(checkpoints)
+        go_on(ranks)
         assert run.wait() == 1, run.said()
         said = run.said()
     assert _in_a_row(folder) == 3
@@ -134,9 +143,11 @@ def test_a_run_whose_whole_disk_is_full_ends_in_words_and_goes_on_later(
 ):
     small = mount(tmp_path / "small", "-t", "tmpfs", "-o", "size=2m", "none")
     path, folder = write_config(config, small)
-    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
-        wait_for(lambda: folders.last_line(folder)["step"] >= 8, run)
+    hold = Hold(tmp_path / "held", WHOLE, ranks=1)
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run).values()
         ballast = _fill(small)
+        go_on(ranks)
         assert run.wait() == 1, run.said()
         said = run.said()
     assert "No space left on device" in said

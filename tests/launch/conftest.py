@@ -59,7 +59,7 @@ class Launch:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
 
     def calls(self) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.slurm.members import since
+
 __all__ = ["PATIENCE_S", "REPOSITORY", "Launched", "environment", "ranks_command", "wait_for"]
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,13 +64,13 @@ class Launched:
     def members(self) -> dict[int, dict[str, str]]:
         """Living processes of this start and their environments, oldest first."""
         found: dict[int, dict[str, str]] = {}
-        for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
                 words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
                 environ = dict(word.split("=", 1) for word in words if "=" in word)
                 if environ.get(_MARK) == self.mark:
                     found[int(folder.name)] = environ
-        return found
+        return dict(sorted(found.items(), key=lambda member: since(member[0])))
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that live, by rank."""

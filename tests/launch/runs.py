@@ -11,11 +11,13 @@ import yaml
 
 from distkd.base import World
 from distkd.train.loop import train
-from tests.launch.processes import PATIENCE_S
 from tests.laws.common import law_config, settings_of
 from tests.pool import Pool, Ranks
 
 __all__ = ["Finish", "finisher", "law_run", "write_config"]
+
+_PATIENCE_S = 600.0
+"""How long a whole run may take; beside a dozen other processes it takes minutes."""
 
 Finish = Callable[[dict[str, Any], Path, int], Path]
 """Of a config, a root and a number of ranks: train from where the run below the root stands to its end; its folder."""
@@ -55,7 +57,7 @@ def finisher(pool: Pool) -> Finish:
         _, folder = write_config(config, root)
         config = {**config, "run": {**config["run"], "root": str(root)}}
         with turn:
-            Ranks(pool, ranks, PATIENCE_S).run(_train, config=config)
+            Ranks(pool, ranks, _PATIENCE_S).run(_train, config=config)
         return folder
 
     return finish

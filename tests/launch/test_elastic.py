@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tests.launch import folders
-from tests.launch.processes import Launched, ranks_command, wait_for
+from tests.launch.held import Hold, go_on, held, is_pending
+from tests.launch.processes import Launched, environment, ranks_command, wait_for
 from tests.launch.runs import Finish, law_run, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +29,14 @@ def whole(config: dict[str, Any], finish: Finish, tmp_path_factory: pytest.TempP
     return finish(config, tmp_path_factory.mktemp("whole"), 2)
 
 
-def _past(folder: Path, step: int) -> bool:
-    return folders.last_line(folder)["step"] >= step
-
-
 def test_a_killed_rank_is_brought_back_in_place(config: dict[str, Any], whole: Path, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
-    with Launched(ranks_command(path, ranks=2, max_restarts=1), tmp_path / "log") as run:
-        wait_for(lambda: _past(folder, 20), run)
-        os.kill(run.ranks()[1], signal.SIGKILL)
+    hold = Hold(tmp_path / "held", 20, ranks=2)
+    command = ranks_command(path, ranks=2, max_restarts=1)
+    with Launched(command, tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run)
+        os.kill(ranks[1], signal.SIGKILL)
+        go_on([ranks[0]])
         assert run.wait() == 0, run.said()
     assert folders.differences(folder, whole) == []
     assert folders.outcome(folder)["attempt"] == 2
@@ -52,9 +52,12 @@ def test_a_signal_to_the_launcher_stops_all_ranks_with_a_checkpoint(
 ):
     path, folder = write_config(config, tmp_path)
     command = ranks_command(path, "--run.root", tmp_path, ranks=2, max_restarts=3)
-    with Launched(command, tmp_path / "log") as run:
-        wait_for(lambda: _past(folder, 8), run)
+    hold = Hold(tmp_path / "held", 8, ranks=2)
+    with Launched(command, tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run).values()
         os.kill(run.process.pid, signal.SIGTERM)
+        wait_for(lambda: all(is_pending(pid, signal.SIGTERM) for pid in ranks), run)
+        go_on(ranks)
         assert run.wait() == 3, run.said()
         assert run.said().count("distkd: stopped as asked after step") == 1
     outcome = folders.outcome(folder)
@@ -68,12 +71,12 @@ def test_a_signal_to_the_launcher_stops_all_ranks_with_a_checkpoint(
 
 def test_ranks_do_not_outlive_their_torchrun(config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
-    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
-        wait_for(lambda: _past(folder, 8), run)
-        ranks = run.ranks()
-        assert len(ranks) == 2
+    hold = Hold(tmp_path / "held", 8, ranks=2)
+    with Launched(ranks_command(path, ranks=2), tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run)
         run.kill([run.process.pid])
         run.wait()
+        go_on(ranks.values())
         run.wait_until_gone()
     outcome = folders.outcome(folder)
     assert outcome["state"] == "interrupted"
@@ -84,8 +87,9 @@ def test_ranks_do_not_outlive_their_torchrun(config: dict[str, Any], whole: Path
 
 def test_a_run_goes_on_with_fewer_ranks(config: dict[str, Any], whole: Path, finish: Finish, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
-    with Launched(ranks_command(path, ranks=2), tmp_path / "log") as run:
-        wait_for(lambda: _past(folder, 40), run)
+    hold = Hold(tmp_path / "held", 40, ranks=2)
+    with Launched(ranks_command(path, ranks=2), tmp_path / "log", environment(**hold.environ)) as run:
+        held(hold, run)
         run.kill()
     finish(config, tmp_path, 1)
     assert [start["world_size"] for start in folders.starts(folder)] == [2, 1]

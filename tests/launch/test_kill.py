@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.launch import folders
-from tests.launch.processes import Launched, ranks_command, wait_for
+from tests.launch.held import Hold, go_on, held
+from tests.launch.processes import Launched, environment, ranks_command
 from tests.launch.runs import Finish, law_run, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,12 @@ sys.exit(main(["train", {str(path)!r}]))
 
 def test_ctrl_c_leaves_a_whole_checkpoint_and_exit_code_3(config: dict[str, Any], finish: Finish, tmp_path: Path):
     path, folder = write_config(config, tmp_path)
-    with Launched(ranks_command(path, ranks=1), tmp_path / "log") as run:
-        wait_for(lambda: folders.last_line(folder)["step"] > 3, run)
+    hold = Hold(tmp_path / "held", 4, ranks=1)
+    with Launched(ranks_command(path, ranks=1), tmp_path / "log", environment(**hold.environ)) as run:
+        ranks = held(hold, run)
+        assert ranks == {0: run.process.pid}
         os.kill(run.process.pid, signal.SIGINT)
+        go_on(ranks.values())
         assert run.wait() == 3
         text = run.said()
     assert "stopped as asked after step" in text

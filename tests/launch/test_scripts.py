@@ -186,7 +186,7 @@ def test_two_nodes_meet_and_share_out_the_ranks(launch):
         )
         for rank in range(2)
     ]
-    said = [node.communicate(timeout=120)[1] for node in nodes]
+    said = [node.communicate(timeout=240)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert launch.calls() == [f"{rank} train a.yaml" for rank in range(4)]
 
@@ -204,7 +204,7 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_the_code_is_3(launch, numb
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 3
     assert out == f"stopped by {number.name}\n" * 2
     assert err == ""

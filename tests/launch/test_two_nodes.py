@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from tests.launch import folders
+from tests.launch.held import Hold, go_on, held
 from tests.launch.processes import REPOSITORY, Launched, environment, wait_for
 from tests.launch.runs import Finish, law_run, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TIMEOUT_S = 15
 """How long a collective may wait: the link is cut for longer than that."""
@@ -37,9 +38,10 @@ class Network:
         for name, device in zip(self.names, self.devices, strict=True):
             _ip("-n", name, "link", "set", device, state)
 
-    def start(self, node: int, config: Path, log: Path, nodes: str = "2") -> Launched:
+    def start(self, node: int, config: Path, log: Path, *, nodes: str = "2", hold: Hold | None = None) -> Launched:
         """multinode.sh with one rank on a node."""
         environ = environment(
+            **(hold.environ if hold else {}),
             MASTER_ADDR="10.77.0.1",
             NODES=nodes,
             NODE_RANK=str(node),
@@ -91,16 +93,6 @@ def whole(config: dict[str, Any], finish: Finish, tmp_path_factory: pytest.TempP
     return finish(config, tmp_path_factory.mktemp("whole"), 2)
 
 
-def _together_past(folder: Path, steps: int) -> bool:
-    """Whether two nodes have trained that many steps since their last start."""
-    starts = folders.starts(folder)
-    return bool(starts) and starts[-1]["world_size"] == 2 and _progress(folder, starts[-1]["step"]) >= steps
-
-
-def _progress(folder: Path, since: int) -> int:
-    return folders.last_line(folder)["step"] - since
-
-
 def _says_who_and_where(message: str, rank: int) -> None:
     where = r"(collective '\w+' number \d+|the exchange of gradients) failed: .+"
     advice = "another rank died or stopped answering, start the run again to resume"
@@ -129,10 +121,12 @@ def test_a_killed_node_is_noticed_in_words_and_can_come_back(
     network: Network, config: dict[str, Any], whole: Path, tmp_path: Path
 ):
     path, folder = write_config(config, tmp_path)
-    with network.start(0, path, tmp_path / "log-0") as first:
-        with network.start(1, path, tmp_path / "log-1") as second:
-            wait_for(lambda: _together_past(folder, 15), first)
+    hold = Hold(tmp_path / "held", 15, ranks=2)
+    with network.start(0, path, tmp_path / "log-0", hold=hold) as first:
+        with network.start(1, path, tmp_path / "log-1", hold=hold) as second:
+            ranks = held(hold, first)
             second.kill()
+            go_on(ranks.values())
         wait_for(lambda: folders.outcome(folder).get("kind") == "lost_rank", first)
         outcome = folders.outcome(folder)
         assert outcome["state"] == "failed"
@@ -151,12 +145,14 @@ def test_a_cut_link_is_an_error_in_words_and_both_nodes_resume_when_it_is_back(
     network: Network, config: dict[str, Any], whole: Path, tmp_path: Path
 ):
     path, folder = write_config(config, tmp_path)
+    hold = Hold(tmp_path / "held", 15, ranks=2)
     with (
-        network.start(0, path, tmp_path / "log-0") as first,
-        network.start(1, path, tmp_path / "log-1") as second,
+        network.start(0, path, tmp_path / "log-0", hold=hold) as first,
+        network.start(1, path, tmp_path / "log-1", hold=hold) as second,
     ):
-        wait_for(lambda: _together_past(folder, 15), first)
+        ranks = held(hold, first)
         network.link("down")
+        go_on(ranks.values())
         wait_for(lambda: all(_lost(folder, rank) for rank in range(2)), first)
         network.link("up")
         for rank in range(2):
@@ -172,10 +168,12 @@ def test_one_node_goes_on_alone_where_that_is_allowed(
     network: Network, config: dict[str, Any], whole: Path, tmp_path: Path
 ):
     path, folder = write_config(config, tmp_path)
-    with network.start(0, path, tmp_path / "log-0", nodes="1:2") as first:
-        with network.start(1, path, tmp_path / "log-1", nodes="1:2") as second:
-            wait_for(lambda: _together_past(folder, 15), first)
+    hold = Hold(tmp_path / "held", 15, ranks=2)
+    with network.start(0, path, tmp_path / "log-0", nodes="1:2", hold=hold) as first:
+        with network.start(1, path, tmp_path / "log-1", nodes="1:2", hold=hold) as second:
+            ranks = held(hold, first)
             second.kill()
+            go_on(ranks.values())
         assert first.wait() == 0, first.said()
     last = folders.starts(folder)[-1]
     assert last["world_size"] == 1

@@ -22,25 +22,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from tests.launch.processes import PATIENCE_S, environment
+from tests.launch.processes import environment
 from tests.require import program_path
 from tests.slurm.members import Member, find_members, send, started
 
-__all__ = ["FINAL", "PROGRAMS", "Cluster"]
+__all__ = ["FINAL", "PATIENCE_S", "PROGRAMS", "Cluster"]
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 FINAL = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
 )
 """States that a job does not leave by itself."""
-_COMMAND_TIMEOUT_S = 120.0
+_COMMAND_TIMEOUT_S = 240.0
+PATIENCE_S = 600.0
+"""How long anything may take: a job that goes back to the queue waits for several of SLURM's own times."""
 _POLL_S = 0.2
 _PORTS = range(30000, 32000)
 """Below the ephemeral ports, which anybody may be given at any time, and above those that jobs take."""
 _PREFIX = "distkd-slurm-"
 _Value = TypeVar("_Value")
 
-# Waits of SLURM that decide how long a test takes are short here; each still has every phase of a real site's.
+# Waits of SLURM that every test would feel are short here; each still has every phase of a real site's. Those in which
+# a node has to answer, or a run to write its checkpoint, are as long as at one: processes of a busy machine are slow.
 _CONF = """\
 ClusterName=distkd
 SlurmctldHost=localhost(127.0.0.1)
@@ -52,6 +55,8 @@ SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
 StateSaveLocation={state}/state
+# how long the controller and the nodes may be busy with something else before a command or a node is given up
+MessageTimeout=60
 SlurmdSpoolDir={state}/%n
 SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/%n.pid
@@ -103,9 +108,9 @@ class Cluster:
         cpus: int = 4,
         gpus: int = 2,
         memory_mb: int = 64000,
-        node_timeout_s: int = 10,
-        kill_wait_s: int = 5,
-        grace_s: int = 20,
+        node_timeout_s: int = 30,
+        kill_wait_s: int = 30,
+        grace_s: int = 180,
     ):
         self.folder = folder
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
@@ -252,19 +257,19 @@ class Cluster:
         return [member for member in found if node is None or member.node == node]
 
     def lose(self, node: str) -> None:
-        """SIGKILL to slurmd alone: its ranks go on, also when SLURM, after some 25 s, takes the node for dead."""
+        """SIGKILL to slurmd alone: its ranks go on, also when SLURM, after some time, takes the node for dead."""
         self._daemons[node].kill()
         self._daemons.pop(node).wait()
 
     def crash(self, node: str) -> None:
-        """SIGKILL to all that runs on it: connections close, so other ranks see it at once and SLURM after 25 s."""
+        """SIGKILL to all that runs on it: connections close, so other ranks see it at once and SLURM later."""
         self.lose(node)
         _kill_all(lambda: self.members(node))
 
     def hang(self, node: str) -> None:
         """SIGSTOP to all that runs on it: connections stay open and nobody answers, as when power or a cable is gone.
 
-        SLURM takes the node for dead after some 25 s. Where it ran the batch script, another minute goes by until the
+        SLURM takes the node for dead after some time. Where it ran the batch script, another minute goes by until the
         steps on the other nodes give up telling its srun of their end.
         """
         send((member.pid for member in self.members(node)), signal.SIGSTOP)
@@ -274,7 +279,7 @@ class Cluster:
         send((member.pid for member in self.members(node)), signal.SIGCONT)
 
     def give_up(self, node: str) -> None:
-        """Take the node for dead at once: what SLURM does by itself some 25 s after it was lost, crashed or hung."""
+        """Take the node for dead at once: what SLURM does by itself some time after it was lost, crashed or hung."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
         # an answer of its slurmd that was still on its way would bring it back
         self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")

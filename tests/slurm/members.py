@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Member", "find_members", "send", "started"]
+__all__ = ["Member", "find_members", "send", "since", "started", "state_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ def find_members(conf: Path, logs: Path) -> list[Member]:
     Zombies have no environment and no files, so they are dead here, whoever forgets to reap them.
     """
     found = []
-    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
             member = _member(folder, conf, logs)
             if member is not None and member.pid != os.getpid():
                 found.append(member)
-    return found
+    return sorted(found, key=lambda member: since(member.pid))
 
 
 def _member(folder: Path, conf: Path, logs: Path) -> Member | None:
@@ -73,8 +73,23 @@ def started(pid: int) -> str:
 
     With it a process id stays the same process: ids are given out again.
     """
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else ""
+
+
+def since(pid: int) -> tuple[int, int]:
+    """What puts processes into the order in which they began: ids do not, where the largest has been given out."""
+    return int(started(pid) or 0), pid
+
+
+def state_of(pid: int) -> str:
+    """The letter that the kernel has for it, `T` where it is stopped; empty when it is dead."""
+    fields = _stat(pid)
+    return fields[0].strip("ZX") if fields else ""
+
+
+def _stat(pid: int) -> list[str]:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+        return []

@@ -11,9 +11,9 @@ import pytest
 
 from tests.launch.processes import REPOSITORY
 from tests.slurm.cluster import Cluster
-from tests.slurm.members import find_members
+from tests.slurm.members import find_members, state_of
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 def _script(folder: Path, body: str) -> Path:
@@ -93,10 +93,10 @@ def test_job_of_a_crashed_node_goes_back_to_the_queue(cluster: Cluster, tmp_path
     assert cluster.show(job)["NodeList"] == "n[1-2]"
     cluster.crash("n2")
     assert not cluster.members("n2")
-    cluster.wait(job, "PENDING", restart=1)
-    assert cluster.node_states()["n2"] == "DOWN+NOT_RESPONDING"
+    cluster.wait(job, {"PENDING", "RUNNING"}, restart=1)  # two nodes are left for it
+    assert {"DOWN", "NOT_RESPONDING"} <= set(cluster.node_states()["n2"].split("+"))
     cluster.up("n2")
-    assert cluster.node_states()["n2"] == "IDLE"
+    assert cluster.node_states()["n2"] in {"IDLE", "MIXED"}
 
 
 def test_job_of_a_node_given_up_begins_again_on_others(cluster: Cluster, tmp_path: Path):
@@ -119,18 +119,10 @@ def test_node_that_hung_for_a_moment_goes_on(cluster: Cluster, tmp_path: Path):
     cluster.until(lambda: "ready" in cluster.log(job), "start of the step", job)
     cluster.hang("n3")
     # a process stops when the kernel gets to it
-    cluster.until(lambda: {_state(member.pid) for member in cluster.members("n3")} <= {"T", ""}, "standstill", job)
+    cluster.until(lambda: {state_of(member.pid) for member in cluster.members("n3")} <= {"T", ""}, "standstill", job)
     cluster.resume("n3")
     (record,) = cluster.wait(job)
     assert record["Restarts"] == "0"
-
-
-def _state(pid: int) -> str:
-    """The letter that the kernel has for it; empty where it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0].strip("Z")
-    except OSError:
-        return ""
 
 
 def test_nothing_is_left_of_a_cluster(cluster: Cluster, tmp_path: Path):
@@ -148,7 +140,7 @@ def test_nothing_is_left_of_a_cluster(cluster: Cluster, tmp_path: Path):
     """
     _script(tmp_path, "trap '' TERM; echo ready; while :; do sleep 600; done")
     code = "\n".join(line.removeprefix("        ") for line in killed.splitlines())
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     conf = Path(done.stdout.strip())
     left = find_members(conf, conf.parent / "log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ import pytest
 from distkd.allocation import read_jobs
 from distkd.files import read_json
 from tests.launch import folders
+from tests.launch.held import Hold, is_pending
 from tests.launch.runs import Finish, law_run, write_config
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import hold, is_pending, release, running_ranks, start, together, wait_for_words
+from tests.slurm.jobs import held, release, start, together, wait_for_words
 from tests.slurm.members import send
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LAST = 90
 """Step with which the run is done."""
@@ -64,19 +65,18 @@ class Stories:
     def many_troubles(self) -> Story:
         """An attempt is warned, the next one loses a rank, and of the third only the ranks are told to end."""
         path, folder = self._config("troubles")
-        job = self._start(path, ranks=2)
-        pids = hold(self.cluster, job, folder, 3, ranks=2)
+        hold = Hold(path.parent / "held", 3, 8, 8, ranks=2)
+        job = self._start(path, hold, ranks=2)
+        pids = held(self.cluster, job, hold)
         self.cluster.scancel("--batch", "--signal=USR1", job)  # as --signal=B:USR1 does, at once
         wait_for_words(self.cluster, job, "asks the ranks to stop: USR1")
         release(pids.values())
 
-        self.cluster.wait(job, "RUNNING", restart=1)
-        pids = hold(self.cluster, job, folder, folders.newest_step(folder) + 8, ranks=2, attempt=2)
+        pids = held(self.cluster, job, hold, 1)
         send([pids[1]], signal.SIGKILL)
         release([pids[0]])
 
-        self.cluster.wait(job, "RUNNING", restart=2)
-        pids = hold(self.cluster, job, folder, folders.newest_step(folder) + 8, ranks=2, attempt=3)
+        pids = held(self.cluster, job, hold, 2)
         self.cluster.scancel("--signal=TERM", job)
         self.cluster.until(lambda: all(is_pending(pid, signal.SIGTERM) for pid in pids.values()), "SIGTERM", job)
         release(pids.values())
@@ -85,26 +85,27 @@ class Stories:
     def hopeless(self) -> Story:
         """A job whose rank is always killed before it has begun."""
         path, folder = self._config("hopeless")
-        job = self._start(path, environ={"DISTKD_MAX_FAILURES": "1"})
-        for restart in range(2):
-            self.cluster.wait(job, "RUNNING", restart=restart)
-            self.cluster.until(lambda: running_ranks(self.cluster, job), "rank", job)
-            send(running_ranks(self.cluster, job).values(), signal.SIGKILL)
+        hold = Hold(path.parent / "held", "start", "start", ranks=1)
+        job = self._start(path, hold, DISTKD_MAX_FAILURES="1")
+        for attempt in range(2):
+            send(held(self.cluster, job, hold, attempt).values(), signal.SIGKILL)
         return self._end(job, folder, "FAILED")
 
     def too_slow(self) -> Story:
         """A job whose rank does not come to the end of its step within the lead."""
         path, folder = self._config("slow")
-        job = self._start(path, environ={"DISTKD_LEAD": "3"})
-        hold(self.cluster, job, folder, 14, ranks=1)
+        hold = Hold(path.parent / "held", 14, ranks=1)
+        job = self._start(path, hold, DISTKD_LEAD="3")
+        held(self.cluster, job, hold)
         self.cluster.scancel("--batch", "--signal=USR1", job)
         return self._end(job, folder, "COMPLETED")
 
     def warned_by_the_clock(self) -> Story:
         """The ranks are in a long step when the end of the time comes near."""
         path, folder = self._config("warned")
-        job = self._start(path, options=["--time=60", "--signal=B:USR1@80"])
-        pids = hold(self.cluster, job, folder, 3, ranks=1)
+        hold = Hold(path.parent / "held", 3, ranks=1)
+        job = self._start(path, hold, options=["--time=60", "--signal=B:USR1@80"])
+        pids = held(self.cluster, job, hold)
         self._end_of_time(job, minutes=2)
         wait_for_words(self.cluster, job, "asks the ranks to stop: USR1")
         self._end_of_time(job, minutes=60)
@@ -114,20 +115,22 @@ class Stories:
     def out_of_time(self) -> tuple[Story, Story]:
         """A job that is not warned of the end of its time; and the same, submitted again."""
         path, folder = self._config("late")
-        job = self._start(path, options=["--time=60", "--signal=B:URG@1"])  # which no shell takes to heart
-        pids = hold(self.cluster, job, folder, 3, ranks=1)
+        hold = Hold(path.parent / "held", 3, ranks=1)
+        job = self._start(path, hold, options=["--time=60", "--signal=B:URG@1"])  # which no shell takes to heart
+        pids = held(self.cluster, job, hold)
         self._end_of_time(job, minutes=1)
         wait_for_words(self.cluster, job, "asks the ranks to stop: TERM")
         release(pids.values())
         over = self._end(job, folder, "TIMEOUT")
         outcome = folders.outcome(folder)
         assert (outcome["state"], outcome["step"]) == ("interrupted", folders.newest_step(folder))
-        return over, self._end(self._start(path), folder, "COMPLETED")
+        return over, self._end(self._start(path, hold), folder, "COMPLETED")
 
     def pre_empted(self) -> Story:
         path, folder = self._config("pre-empted")
-        job = self._start(path, options=["--nodelist=n4", "--exclusive"])
-        pids = hold(self.cluster, job, folder, 3, ranks=1)
+        hold = Hold(path.parent / "held", 3, ranks=1)
+        job = self._start(path, hold, options=["--nodelist=n4", "--exclusive"])
+        pids = held(self.cluster, job, hold)
         urgent = self.folder / "urgent.sh"
         urgent.write_text("#!/bin/bash\nscontrol show job --oneliner $1\n")
         options = ["--partition=urgent", "--nodelist=n4", "--exclusive"]
@@ -146,9 +149,10 @@ class Stories:
         root.mkdir()
         return root
 
-    def _start(self, path: Path, *, options: tuple[str, ...] | list[str] = (), **more: Any) -> str:
+    def _start(self, path: Path, hold: Hold, *, ranks: int = 1, options: Sequence[str] = (), **environ: str) -> str:
         places = options if "--nodelist=n4" in options else ["--exclude=n4", *options]
-        return start(self.cluster, path, "--run.root", path.parent, options=places, **more)
+        environ |= hold.environ
+        return start(self.cluster, path, "--run.root", path.parent, ranks=ranks, options=places, environ=environ)
 
     def _end_of_time(self, job: str, *, minutes: int) -> None:
         """Let the time of a running job end in so many minutes from now, or up to one earlier."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,17 @@ import pytest
 from distkd.allocation import read_jobs
 from distkd.files import read_json
 from tests.launch import folders
-from tests.launch.processes import PATIENCE_S
+from tests.launch.held import Hold
 from tests.launch.runs import Finish, law_run, write_config
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import hold, release, running_ranks, start
+from tests.slurm.jobs import held, release, start
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ALIVE = {"PENDING", "RUNNING", "COMPLETING", "COMPLETED"}
 """States of a job that has not failed."""
-EARLY = 8
-"""Step at which nodes are lost: after a checkpoint, between two, with most of the run to come."""
+EARLY = 14
+"""Step at which nodes are lost: with one checkpoint on disk, if not two, and most of the run to come."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Lost:
     job: str
     root: Path
     folder: Path
-    nodes: tuple[str, ...]
+    hold: Hold
 
     @property
     def notes(self) -> list[dict[str, Any]]:
@@ -83,46 +82,36 @@ def _aftermath(cluster: Cluster, shards: Path, finish: Finish, base: Path) -> Af
         (base / name).mkdir()
         path, folder = write_config(config, base / name)
         words = [f"--nodelist={','.join(nodes)}", f"--output={base / name}/%x-%j.out", *options]
-        environ["DISTKD_JOBS"] = str(base / name / "slurm")
+        hold = Hold(base / name / "held", EARLY, ranks=len(nodes))
+        environ |= hold.environ | {"DISTKD_JOBS": str(base / name / "slurm")}
         job = start(cluster, path, nodes=len(nodes), options=words, environ=environ)
-        return Lost(job, base / name, folder, nodes)
+        return Lost(job, base / name, folder, hold)
 
     second, first = submit("second", "n1", "n2"), submit("first", "n3", "n4")
     elastic = submit("elastic", "n1", "n3", options=["--no-kill"], DISTKD_ELASTIC="1")
     beside, late = submit("beside", "n2"), submit("late", "n2")
     everybody = [second, first, elastic, beside, late]
-    _hold_each(cluster, everybody)
-    orphans = {lost.job: running_ranks(cluster, lost.job, "n2") for lost in (second, beside, late)}
-    assert [sorted(ranks) for ranks in orphans.values()] == [[1], [0], [0]]
+    ranks = {lost.job: held(cluster, lost.job, lost.hold) for lost in everybody}
+    there = {member.pid for member in cluster.members("n2")}
+    orphans = {lost.job: ranks[lost.job][rank] for lost, rank in ((second, 1), (beside, 0), (late, 0))}
+    assert there.issuperset(orphans.values())
 
     cluster.lose("n2")
     cluster.crash("n3")
-    release(running_ranks(cluster, elastic.job).values())  # the others cost nothing while SLURM makes up its mind
+    release(ranks[elastic.job].values())  # the others cost nothing while SLURM makes up its mind
     for lost in (second, first, beside, late):
         cluster.wait(lost.job, ALIVE, restart=1)
         cluster.run("scontrol", "update", f"JobId={lost.job}", "ReqNodeList=")  # other nodes will do
     for lost in (second, beside):
         cluster.until(lambda lost=lost: len(folders.starts(lost.folder)) == 2, "second attempt", lost.job)
-        release(orphans[lost.job].values())
+        release([orphans[lost.job]])
     whole = {ranks: finish(config, base / f"whole-{ranks}", ranks) for ranks in (1, 2)}
     for lost in everybody:
         cluster.wait(lost.job)
     shutil.copytree(late.folder, base / "done")
-    release(orphans[late.job].values())
+    release([orphans[late.job]])
     cluster.until(lambda: not [member for member in cluster.members("n2") if not member.daemon], "end of the orphans")
     return Aftermath(cluster, whole, second, first, elastic, beside, late, base / "done")
-
-
-def _hold_each(cluster: Cluster, jobs: Sequence[Lost]) -> None:
-    """Hold the ranks of each job at its step, whichever is there first."""
-    end, left = time.monotonic() + PATIENCE_S, list(jobs)
-    while left:
-        for lost in list(left):
-            if folders.last_line(lost.folder)["step"] >= EARLY:
-                hold(cluster, lost.job, lost.folder, EARLY, len(lost.nodes))
-                left.remove(lost)
-        assert time.monotonic() < end, "\n".join(cluster.report(lost.job) for lost in left)
-        time.sleep(0.01)  # polling other processes, not waiting for luck
 
 
 def requeues(lost: Lost) -> int:

@@ -27,7 +27,7 @@ def _bash(script: str, *arguments: str, folder: Path, sbatch: bool = False) -> s
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "DISTKD"))}
     command = [str(commands / "bash"), str(SCRIPTS / script), *arguments]
     return subprocess.run(
-        command, env={**environ, "PATH": str(commands)}, cwd=folder, capture_output=True, text=True, timeout=60
+        command, env={**environ, "PATH": str(commands)}, cwd=folder, capture_output=True, text=True, timeout=240
     )
 
 

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -20,12 +20,13 @@ from distkd.allocation import read_jobs
 from distkd.cli import DONE, USER, main
 from distkd.files import read_json
 from tests.launch import folders
+from tests.launch.held import Hold
 from tests.launch.runs import Finish
 from tests.slurm.cluster import FINAL, Cluster
-from tests.slurm.jobs import hold, release
+from tests.slurm.jobs import held, release
 from tests.small import Small
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 EPOCHS = 10
 """Of some steps each: enough to be met in the middle."""
@@ -46,6 +47,15 @@ class Login:
         patch.setenv("DISTKD_SITE", str(here / "site.env"))  # not the one of who runs the tests
         self.site()
         self.configs = [self.write("teacher"), self.write("student")]
+
+    @contextmanager
+    def holding(self, *moments: int, ranks: int = 1) -> Generator[Hold, None, None]:
+        """What is submitted in the block is held, and nothing else: the first run that comes to each moment."""
+        hold = Hold(self.here / "held", *moments, ranks=ranks)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in hold.environ.items():
+                patch.setenv(name, value)
+            yield hold
 
     def site(self, *lines: str) -> None:
         (self.here / "site.env").write_text("".join(f"{line}\n" for line in lines))
@@ -151,9 +161,10 @@ def _study(login: Login) -> Study:
     in_the_way.touch()  # a user's error of this fold alone
 
     words = ("--folds", "0-2", "--throttle", "1")
-    jobs = ids_in(login.submit(*words))
+    with login.holding(6) as hold:
+        jobs = ids_in(login.submit(*words))
     teachers = jobs[0]
-    ranks = hold(cluster, f"{teachers}_0", login.run(TEACHERS[0]), 6, ranks=1)
+    ranks = held(cluster, f"{teachers}_0", hold)
     found = Study(
         login,
         jobs,
@@ -292,8 +303,9 @@ def _chain(cluster: Cluster, ids: list[str]) -> list[str]:
 
 def test_teacher_and_student_in_one_job_that_is_requeued_in_between(login: Login, finish: Finish):
     cluster = login.cluster
-    [job] = ids_in(login.submit("--together", "--no-report"))
-    ranks = hold(cluster, job, login.run("study-teacher"), 6, ranks=1)
+    with login.holding(6) as hold:
+        [job] = ids_in(login.submit("--together", "--no-report"))
+    ranks = held(cluster, job, hold)
     cluster.scancel("--batch", "--signal=USR1", job)
     cluster.until(lambda: "asks the ranks to stop: USR1" in cluster.log(job), "answer to the signal", job)
     release(ranks.values())
@@ -310,10 +322,11 @@ def test_shards_are_read_from_the_disk_of_each_node_and_nothing_else_changes(log
     shutil.copytree(login.small.shards, shards)
     login.site(f"DISTKD_SCRATCH='{disks}/$SLURMD_NODENAME'")
     words = (str(login.here / "study/teacher.yaml"), "--data.shards", str(shards))
-    said = login.distkd("submit", *words, "--nodes", "2", "--ranks-per-node", "1", "--no-report")
+    with login.holding(3, ranks=2) as hold:
+        said = login.distkd("submit", *words, "--nodes", "2", "--ranks-per-node", "1", "--no-report")
     [job] = ids_in(said)
     whole = finish(login.config("teacher") | {"data": {"shards": str(shards), "threads": 0}}, login.here / "whole", 2)
-    ranks = hold(cluster, job, login.run("study-teacher"), 3, ranks=2)
+    ranks = held(cluster, job, hold)
     nodes = cluster.run("scontrol", "show", "hostnames", cluster.show(job)["NodeList"]).split()
     assert sorted(path.name for path in disks.iterdir()) == nodes
     assert all(len(list((disks / node).glob("shards-*/*.tar"))) == len(list(shards.glob("*.tar"))) for node in nodes)

@@ -14,11 +14,12 @@ import pytest
 
 from distkd.allocation import read_jobs
 from tests.launch import folders
+from tests.launch.held import Hold
 from tests.launch.runs import Finish, law_run, write_config
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import hold, release, start, together, wait_for_words
+from tests.slurm.jobs import held, release, start, together, wait_for_words
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,10 @@ class Stories:
         python = root / "python of this site"
         python.write_text(f'#!/bin/bash\nprintf "%s " "$@" >>"${{0%/*}}/calls"\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
-        environ = {"DISTKD_METRICS": "local", "DISTKD_PYTHON": str(python)}
+        hold = Hold(root / "held", 3, ranks=4)
+        environ = {"DISTKD_METRICS": "local", "DISTKD_PYTHON": str(python), **hold.environ}
         job = start(self.cluster, path.name, nodes=2, ranks=2, environ=environ, cwd=root)
-        pids = hold(self.cluster, job, folder, 3, ranks=4)
+        pids = held(self.cluster, job, hold)
         targets = [json.loads(path.read_text()) for path in sorted((folder / "prometheus").glob("rank-*.json"))]
         release(pids.values())
         story = self._end(job, folder, root / "runs", "COMPLETED", targets=targets)
@@ -66,8 +68,9 @@ class Stories:
     def stopped_by_hand(self) -> Story:
         root = self._root("stopped")
         path, folder = write_config(self.config, root)
-        job = start(self.cluster, path, "--run.root", root)
-        pids = hold(self.cluster, job, folder, 3, ranks=1)
+        hold = Hold(root / "held", 3, ranks=1)
+        job = start(self.cluster, path, "--run.root", root, environ=hold.environ)
+        pids = held(self.cluster, job, hold)
         (root / "slurm" / job / "stop.0").write_text("stop\n")
         release(pids.values())
         return self._end(job, folder, root, "FAILED")
@@ -76,8 +79,9 @@ class Stories:
         """In the middle of a step; then the run is brought to its end without SLURM."""
         root = self._root("cancelled")
         path, folder = write_config(self.config, root)
-        job = start(self.cluster, path, "--run.root", root)
-        pids = hold(self.cluster, job, folder, 3, ranks=1)
+        hold = Hold(root / "held", 3, ranks=1)
+        job = start(self.cluster, path, "--run.root", root, environ=hold.environ)
+        pids = held(self.cluster, job, hold)
         self.cluster.scancel(job)
         wait_for_words(self.cluster, job, "asks the ranks to stop: TERM")
         release(pids.values())

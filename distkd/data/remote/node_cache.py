@@ -241,7 +241,8 @@ class NodeCache:
         descriptor = self._reserve(part, size, wait)
         try:
             fill(descriptor)
-            part.rename(path)
+            with self._exclusive(self.root / "cache", wait.stop):  # who counts the files must not miss it
+                part.rename(path)
         finally:
             os.close(descriptor)
             part.unlink(missing_ok=True)

@@ -134,6 +134,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(toy_folder: Path):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "distkd.cli", "shards", "info", str(toy_folder)]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=240)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

@@ -221,11 +221,13 @@ def test_a_small_cache_is_enough_for_a_long_run(server: Server, made: tuple[Path
     largest = max(shard.bytes for shard in made[1].shards)
     limit = room + GLOBAL_BATCH * largest  # what one step may touch at worst
     assert limit < room + sum(shard.bytes for shard in made[1].shards) / 2
-    with open_store(server.url, tmp_path, limit, wait_s=20.0) as store:
+    with open_store(server.url, tmp_path, limit, wait_s=240.0) as store:
         reader = StreamReader(store)
         for _, (part,) in StreamSource(store, plan, samples, World(), passes=1):
             for sample in part.tolist():
                 np.testing.assert_array_equal(reader.read(sample, ["slide"])["slide"], toy_arrays(sample)["slide"])
+            while (thread := store._ahead._thread) is not None:
+                thread.join()  # otherwise files come and go while they are counted
             found = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".lock", ".part")]
             assert sum(path.stat().st_size for path in found) <= limit
         assert len(tars(server)) > len(set(tars(server)))  # what came back in the second epoch

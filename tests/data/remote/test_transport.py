@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,14 @@ def test_a_server_that_stops_sending_is_given_up(server: Server, cache: Path):
 
     def answer(handler: Handler, body: bytes, turn: int) -> None:
         handler.reply(body[:100], length=len(body))
-        stop.wait(10)
+        stop.wait(240)
 
     server.answers[SHARD] = answer
-    with open_store(server.url, cache, stall_s=0.1, attempts=1) as store:
-        store.manifest()
-        with pytest.raises(DataError, match=r"attempt 1 of 1: the connection broke \(timed out\)"):
+    with open_store(server.url, cache, attempts=1) as store:
+        store.manifest()  # which comes in its own time
+        store._stall_s = 1.0
+        # a slow machine may not come to the first byte before
+        with pytest.raises(DataError, match=r"attempt 1 of 1: (the connection broke|no connection) \(timed out\)"):
             store.path(0)
     stop.set()
 
@@ -127,21 +129,40 @@ def test_no_server_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch):
         ("head -c 100 SOURCE/{}; exit 3", "exit code 3"),
         ("kill -9 $$ # {}", "the command was killed by signal 9"),
         ("head -c 100 SOURCE/{}", r"100 bytes, manifest says \d+"),
-        ("exec sleep 20 # {}", r"no byte for 0\.2 s"),
-        ("cat SOURCE/{}; exec 1>&-; exec sleep 20", r"the command has not ended 0\.2 s after its last byte"),
     ],
 )
 def test_a_command_s_failure_is_named(source: Path, cache: Path, command: str, found: str):
+    _refused_command(source, cache, command, found, stall_s=240.0)
+
+
+def test_a_command_that_hangs_is_given_up(source: Path, cache: Path):
+    _refused_command(source, cache, "exec sleep 600 # {}", r"no byte for 0\.2 s", stall_s=0.2)
+
+
+def test_a_command_that_does_not_end_is_given_up(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """However long its first byte takes: only the wait for its end is cut short."""
+    wait = subprocess.Popen.wait
+
+    def waited(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        return wait(process, None if timeout is None else 0.2)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waited)
+    found = "the command has not ended 240 s after its last byte"
+    _refused_command(source, cache, "cat SOURCE/{}; exec 1>&-; exec sleep 600", found, stall_s=240.0)
+
+
+def _refused_command(source: Path, cache: Path, command: str, found: str, *, stall_s: float) -> None:
     with open_store(f"file://{source}", cache) as store:
         store.manifest()
         store.url = "pipe:" + command.replace("SOURCE", str(source))
-        store._stall_s = 0.2
-        with pytest.raises(DataError, match=rf"cannot fetch '{SHARD}' from 'pipe:.*', attempt 3 of 3: {found}; "):
+        store._stall_s = stall_s
+        words = rf"cannot fetch '{SHARD}' from 'pipe:.*', attempt 3 of 3: {found}; "
+        with pytest.raises(DataError, match=words):
             store.path(0)
 
 
 def read_all(place: str) -> bytes:
-    with open_stream(place, stall_s=5) as read:
+    with open_stream(place, stall_s=240) as read:
         return b"".join(iter(read, b""))
 
 
@@ -152,11 +173,10 @@ def test_a_failing_command_is_seen_when_webdataset_is_verbose(monkeypatch: pytes
 
 
 def test_an_aborted_command_ends():
-    started = time.monotonic()
-    with suppress(KeyError), open_stream("pipe:echo x; exec sleep 20", stall_s=5) as read:
+    """Or the test would wait for it, longer than a test may take."""
+    with suppress(KeyError), open_stream("pipe:echo x; exec sleep 3600", stall_s=240) as read:
         assert read()
         raise KeyError
-    assert time.monotonic() - started < 15
 
 
 def test_a_command_cannot_be_run_in_webdataset_s_secure_mode(monkeypatch: pytest.MonkeyPatch):
