@@ -29,8 +29,8 @@ _SLOTS = 64
 _DIGEST_BITS = 20
 
 
-_Step = tuple[tuple[str, Mapping[str, Tensor]], ...]
-"""What one step has added: mappings, each with the prefix of its names."""
+_Names = tuple[tuple[str, ...], ...]
+"""What the values of a step are called: of each mapping the prefix of its names, and then these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +54,24 @@ class Meter:
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self._reads_are_free = self.device.type == "cpu"
-        """To read a value there costs less than a kernel."""
-        self._steps: list[_Step] = []
-        self._orders: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], list[int]]] = {}
+        """No value is waited for there, and to read one that was just made costs less than to keep it for a kernel."""
+        self._steps: list[tuple[_Names, list[Tensor] | list[float]]] = []
+        self._orders: dict[_Names, tuple[tuple[str, ...], list[int]]] = {}
         """Names in order, and their places, by what steps have added; a run has one or two of them."""
 
     def add(self, values: Mapping[str, Tensor] | None = None, /, **groups: Mapping[str, Tensor]) -> None:
         """Counts one value of each name; names may differ from step to step, not from rank to rank.
 
-        Mappings are kept as they are until `reduce`: a step pays for one append and not for small kernels.
+        On a device values are kept as they are until `reduce`: a step pays for one append and not for small kernels.
 
         Args:
-            values: scalars, best without a graph, which would live until then; neither they nor the mapping may change
-                afterwards.
+            values: scalars, best without a graph, which would live until then; they may not change afterwards.
             groups: more of them, whose names become `group:name`.
         """
-        self._steps.append((("", values or {}), *((f"{name}:", group) for name, group in groups.items())))
+        named = [("", values or {}), *((f"{name}:", group) for name, group in groups.items())]
+        found = [value for _, group in named for value in group.values()]
+        names = tuple([(prefix, *group) for prefix, group in named])
+        self._steps.append((names, [value.item() for value in found] if self._reads_are_free else found))
 
     def reduce(self, world: World, *, flag: int = 0, own: Sequence[float] = ()) -> Reduced:
         """Means over the steps since the last call and over all ranks, equal on every rank; starts afresh.
@@ -102,10 +104,7 @@ class Meter:
 
     def pending(self) -> list[dict[str, float]]:
         """What was added since the last `reduce`, step by step, exactly; a host sync."""
-        return [
-            {f"{prefix}{name}": float(value) for prefix, values in step for name, value in values.items()}
-            for step in self._steps
-        ]
+        return [dict(zip(_added(names), map(float, values), strict=True)) for names, values in self._steps]
 
     def restore(self, pending: Sequence[Mapping[str, float]]) -> None:
         """Add what another meter had pending."""
@@ -113,31 +112,28 @@ class Meter:
             self.add({name: torch.tensor(value, dtype=torch.float64) for name, value in step.items()})
 
     @torch.no_grad()
-    def _packed(self, head: Sequence[float], blocks: Sequence[Sequence[Sequence[Tensor]]]) -> Tensor:
+    def _packed(self, head: Sequence[float], blocks: Sequence[Sequence[Sequence[Any]]]) -> Tensor:
         """Numbers of the host, and behind them the sums of each block's columns; float64 (n,)."""
         if self._reads_are_free:
-            read = ([[value.item() for value in row] for row in rows] for rows in blocks)
-            sums = [sum(column) for rows in read for column in zip(*rows, strict=True)]
+            sums = [sum(column) for rows in blocks for column in zip(*rows, strict=True)]
             return torch.tensor([*head, *sums], dtype=torch.float64)
         packed = torch.tensor(head, dtype=torch.float64).to(self.device, non_blocking=True)
         return torch.cat([packed, *(_sums(rows, self.device) for rows in blocks)])
 
-    def _alike(self) -> list[tuple[list[str], list[list[Tensor]]]]:
+    def _alike(self) -> list[tuple[list[str], list[list[Any]]]]:
         """Names that occur together, and a row of values for each step that has them.
 
         In one order on all ranks, whatever the order in which names were added. On a device those of one floating type.
         """
-        rows_of: dict[tuple[str, ...], list[list[Tensor]]] = {}
-        for step in self._steps:
-            key = tuple([(prefix, *values) for prefix, values in step])
+        rows_of: dict[tuple[str, ...], list[list[Any]]] = {}
+        for key, values in self._steps:
             if key not in self._orders:
-                added = [f"{prefix}{name}" for prefix, *names in key for name in names]
+                added = _added(key)
                 order = sorted(range(len(added)), key=added.__getitem__)
                 self._orders[key] = tuple(added[i] for i in order), order
             names, order = self._orders[key]
-            values = [value for _, values in step for value in values.values()]
-            rows_of.setdefault(names, []).append(list(map(values.__getitem__, order)))
-        found: list[tuple[list[str], list[list[Tensor]]]] = []
+            rows_of.setdefault(names, []).append([values[i] for i in order])
+        found: list[tuple[list[str], list[list[Any]]]] = []
         for names, rows in sorted(rows_of.items(), key=lambda item: item[0]):
             if self._reads_are_free:
                 found.append((list(names), rows))
@@ -149,6 +145,11 @@ class Meter:
                 places = by_type[dtype]
                 found.append(([names[i] for i in places], [[row[i] for i in places] for row in rows]))
         return found
+
+
+def _added(names: _Names) -> list[str]:
+    """Whole names, in the order of the values."""
+    return [f"{prefix}{name}" for prefix, *group in names for name in group]
 
 
 def _means(names: Sequence[str], totals: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
